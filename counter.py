@@ -1,0 +1,200 @@
+"""The replicated counter: what a node counts, and how it takes over what others counted.
+
+Pure: no socket, no thread, no clock.  Every replica (one life of one process) numbers the
+increments it accepts 1, 2, 3, …; the pair (replica, sequence) is a *dot* and, written as a
+UUIDv8, the id of the increment.  Counter keeps per replica the running total of every counter
+it touched, and one invariant: **of every replica it holds an exact prefix of the history.**
+Whether an increment was seen before is one comparison with the length of that prefix, so what
+a node remembers does not grow with the number of increments.
+
+Sources: Almeida, Shoker, Baquero, "Delta State Replicated Data Types" (2018), for deltas and
+the causal condition on merging them; RFC 9562 section 5.8 for UUIDv8.
+"""
+
+import re
+import secrets
+import threading
+from collections import OrderedDict, namedtuple
+
+AMOUNT_MAX = 2**53 - 1  # what a double holds exactly, and so every JSON parser
+SEQUENCE_MAX = 2**62 - 1  # the bits a UUIDv8 leaves behind its variant
+NAME = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9._:-]{1,128}\Z")  # clients rewrite the paths /. and /..
+REPLICA = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-8[0-9a-f]{3}\Z")
+_INCREMENT_ID = re.compile(r"([0-9a-f]{8}-[0-9a-f]{4}-8[0-9a-f]{3})-([89ab][0-9a-f]{3})-([0-9a-f]{12})\Z")
+
+# What `replica` did after sequence `after`, as of sequence `through`.
+Delta = namedtuple("Delta", "replica after through totals")  # totals: {name: (sequence, total)}
+
+
+def new_replica(randbits=secrets.randbits):
+    """Return a fresh replica id: the first three groups of a UUIDv8, 60 random bits."""
+    digits = f"{randbits(60):015x}"
+    return f"{digits[:8]}-{digits[8:12]}-8{digits[12:]}"
+
+
+def increment_id(replica, sequence):
+    """Return the UUIDv8 of a dot: `rrrrrrrr-rrrr-8rrr-vsss-ssssssssssss`."""
+    digits = f"{1 << 63 | sequence:016x}"
+    return f"{replica}-{digits[:4]}-{digits[4:]}"
+
+
+def parse_increment_id(text):
+    """Return the dot (replica, sequence) of an increment id; ValueError if it is none."""
+    match = _INCREMENT_ID.match(text.lower())
+    sequence = int(match[2] + match[3], 16) & SEQUENCE_MAX if match else 0
+    if not sequence:
+        raise ValueError(f"{text!r} is no increment id")
+    return match[1], sequence
+
+
+class Counter:
+    """Named counters of one node, replicated by deltas.
+
+    Threads may call anything at any time.  `replica` is the id under which this node counts.
+    """
+
+    def __init__(self, replica):
+        # Guards everything below.  Held for dictionary work only: no I/O, no call out of this
+        # file, so it is never held together with another lock.
+        self._lock = threading.Lock()
+        self._replica = replica
+        self._applied = {}  # replica -> the sequence through which its history is held here
+        # replica -> {name: (sequence, total)}: the running total of the replica's increments to
+        # a counter, as of the latest that touched it.  Invariant: ordered by sequence.
+        self._entries = {}
+        self._values = {}  # name -> the sum of its totals over all replicas
+        self._vector = {}  # the copy of _applied last handed out; None once out of date
+        self._waiting = {}  # replica -> [(sequence, threading.Event)]: who waits for a dot
+
+    @property
+    def replica(self):
+        return self._replica
+
+    def increment(self, name, amount=1):
+        """Count `amount`, any integer but 0; return (replica, sequence, value of the counter)."""
+        with self._lock:
+            replica = self._replica
+            sequence = self._applied.get(replica, 0) + 1
+            entries = self._entries.get(replica)
+            if entries is None:
+                entries = self._entries[replica] = OrderedDict()
+            entry = entries.get(name)
+            entries[name] = (sequence, entry[1] + amount if entry else amount)
+            entries.move_to_end(name)
+            self._applied[replica] = sequence
+            self._vector = None
+            value = self._values[name] = self._values.get(name, 0) + amount
+            return replica, sequence, value
+
+    def value(self, name):
+        """Return the value of a counter; one never incremented is 0."""
+        return self._values.get(name, 0)  # one dictionary look-up is atomic
+
+    def holds(self, replica, sequence):
+        """Return whether this dot has been applied here."""
+        return self._applied.get(replica, 0) >= sequence
+
+    def vector(self):
+        """Return what is applied: {replica: sequence}.  It is shared; nobody may change it."""
+        with self._lock:
+            if self._vector is None:
+                self._vector = dict(self._applied)
+            return self._vector
+
+    def wait_until_held(self, replica, sequence, timeout_s):
+        """Wait until this dot is applied here; return whether it is."""
+        event = threading.Event()
+        with self._lock:
+            if self._applied.get(replica, 0) >= sequence:
+                return True
+            self._waiting.setdefault(replica, []).append((sequence, event))
+        event.wait(timeout_s)
+        with self._lock:
+            waiting = self._waiting.get(replica, [])
+            waiting[:] = [entry for entry in waiting if entry[1] is not event]
+            if not waiting:
+                self._waiting.pop(replica, None)
+            return self._applied.get(replica, 0) >= sequence
+
+    def stop_waiting(self):
+        """Let everyone go who is in wait_until_held now: the node is stopping."""
+        with self._lock:
+            waiting = [entry for entries in self._waiting.values() for entry in entries]
+        for _, event in waiting:
+            event.set()
+
+    def deltas(self, known, size_max):
+        """Return what a node that holds the vector `known` lacks: a list of Delta.
+
+        `size_max` is in bytes on the wire, roughly.  No replica's delta is ever split, or two
+        nodes could hold equal vectors and different totals; so a list of one may be larger.
+        """
+        with self._lock:
+            found, size = [], 0
+            for replica, through in self._applied.items():
+                after = known.get(replica, 0)
+                if after < through and size < size_max:
+                    found.append(self._delta_locked(replica, after))
+                    size += sum(len(name) + 40 for name in found[-1].totals)
+            return found
+
+    def delta(self, replica, after):
+        """Return what `replica` did after sequence `after`, as a Delta; None if nothing is known.
+
+        10,000 increments of one counter are one entry: the cost is that of what changed.
+        """
+        with self._lock:
+            return self._delta_locked(replica, after) if self._applied.get(replica, 0) > after else None
+
+    def _delta_locked(self, replica, after):
+        totals = {}
+        entries = self._entries[replica]
+        for name in reversed(entries):
+            entry = entries[name]
+            if entry[0] <= after:
+                break
+            totals[name] = entry
+        return Delta(replica, after, self._applied[replica], totals)
+
+    def merge(self, delta):
+        """Take over a delta, all of it or nothing; return whether anything was new.
+
+        Nothing is new in a delta of this very replica, in one that ends within the prefix held
+        here, and in one that begins after its end: taking that would leave a gap.
+        """
+        with self._lock:
+            return self._merge_locked(delta)
+
+    def _merge_locked(self, delta):
+        replica, after, through, totals = delta
+        held = self._applied.get(replica, 0)
+        if replica == self._replica or through <= held or after > held:
+            return False
+        entries = self._entries.setdefault(replica, OrderedDict())
+        # A delta cut further back than `held` has entries that are held already.  Sorted, the
+        # new ones keep the order by sequence, whatever order they came in.
+        for name, entry in sorted(totals.items(), key=lambda item: item[1][0]):
+            if entry[0] > held:
+                before = entries.get(name)
+                self._values[name] = self._values.get(name, 0) + entry[1] - (before[1] if before else 0)
+                entries[name] = entry
+                entries.move_to_end(name)
+        self._applied[replica] = through
+        self._vector = None
+        for sequence, event in self._waiting.get(replica, ()):
+            if sequence <= through:
+                event.set()
+        return True
+
+    def renew_if_cloned(self, known, replica):
+        """Draw up a new replica under the id `replica` if `known` shows this one is used twice.
+
+        `known` is the vector of another node.  It can only hold more of this replica than this
+        node did if somebody else counts under the same id: the machine was cloned, or set back
+        to a snapshot.  What was counted so far stays, as the past of a foreign replica.
+        """
+        with self._lock:
+            if known.get(self._replica, 0) <= self._applied.get(self._replica, 0):
+                return False
+            self._replica = replica
+            return True

@@ -1,0 +1,672 @@
+#!/usr/bin/env python3
+"""A node of the distributed counter: command line, HTTP server, routes, start and stop.
+
+    python counter_server.py --port 8080 --peers localhost:8081
+
+Threads: `accept` takes connections, `connection-N` serves one each, `heartbeat` sweeps the
+peer table, `retry-worker-N` send to peers; the main thread waits for a signal.
+"""
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C while the imports run
+
+import argparse
+import contextlib
+import ipaddress
+import itertools
+import json
+import logging
+import queue
+import re
+import socket
+import socketserver
+import struct
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from functools import partial
+from http.server import ThreadingHTTPServer
+
+import http1
+import replication
+from counter import AMOUNT_MAX, NAME, Counter, increment_id, new_replica, parse_increment_id
+from http1 import Refused
+from peers import Heartbeat, PeerTable, join_address, parse_address
+from replication import Gossip, Replicator
+
+__version__ = "1.0.0"
+
+log = logging.getLogger("counter.server")
+
+BACKLOG = 1024  # the stdlib's 5 resets connections under load
+RECEIVE_SIZE = 65536
+BODY_MAX = 64 * 1024  # bytes of a public request's body
+HEAD_TIMEOUT_S = 10.0  # for a whole head, however slowly it trickles in
+BODY_TIMEOUT_S = 30.0
+IDLE_TIMEOUT_S = 60.0
+SEND_TIMEOUT_S = 30.0
+CLIENT, PEER, RESERVED = "client", "peer", "reserved"  # kinds of connections
+RESERVE_MAX = 64  # connections read beyond --max-connections, to find the peers among them
+RESERVE_TIMEOUT_S = 1.0  # how long such a connection may take to show that it is a peer's
+WAIT_DEFAULT_S, WAIT_MAX_S = 5.0, 60.0  # of ?timeout=
+LINGER_S = 1.0  # for a client to read the last response
+STOP_S = 2.0  # for requests in flight, and for threads, when the node stops
+
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,18})\Z", re.ASCII)
+_SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9})?\Z", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the command line sets; times are in seconds."""
+
+    port: int
+    host: str
+    advertise: str  # HOST:PORT, or None: derived from the listening address
+    peers: tuple  # of HOST:PORT
+    heartbeat_interval: float
+    peer_timeout: float
+    join_timeout: float
+    fanout: int
+    retry_backoff: float
+    retry_backoff_max: float
+    retry_workers: int
+    drain_timeout: float
+    max_connections: int
+    log_level: str
+
+
+class Node:
+    """One member of the cluster, whole: state, threads and listening socket.
+
+    Raises OSError if it cannot listen.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.started = time.monotonic()
+        self.counter = Counter(new_replica())
+        self.server = Server(config, Api(self))
+        host, self.port = self.server.server_address[:2]
+        wildcard = ipaddress.ip_address(host).is_unspecified
+        self.address = config.advertise or (None if wildcard else join_address(host, self.port))
+        self.table = PeerTable(
+            self.counter.replica, self.address, config.peers,
+            config.heartbeat_interval, config.peer_timeout, config.fanout,
+        )  # fmt: skip
+        self.gossip = Gossip(
+            self.counter, self.table, config.retry_backoff, config.retry_backoff_max,
+            pushed_to=config.fanout, doubtful_max=max(1, config.retry_workers // 2),
+        )  # fmt: skip
+        self.replicator = Replicator(
+            self.gossip, self.table, self.port, config.retry_workers, config.peer_timeout
+        )
+        self.heartbeat = Heartbeat(self.table, config.heartbeat_interval, self.replicator.contact)
+
+    def start(self):
+        self.server.start()
+        self.replicator.start()
+        self.heartbeat.start()
+
+    def stop(self):
+        """Answer what is in flight, hand everything to the peers, say leave, end all threads."""
+        self.server.stop(self.counter.stop_waiting)
+        if self.table.active() and not self.gossip.drain(time.monotonic, self.config.drain_timeout):
+            log.warning("stopping: not all peers confirmed everything within --drain-timeout")
+        ended = [self.heartbeat.stop(STOP_S), self.replicator.stop(STOP_S)]
+        if not all(ended):
+            log.warning("stopping: some threads still run")
+
+    def readiness(self):
+        """Return (ready, alone): whether this node has caught up with a peer or has none to expect."""
+        if self.gossip.caught_up:
+            return True, not self.table.active()
+        waited = time.monotonic() - self.started > self.config.join_timeout
+        alone = not self.table.active() and (waited or not self.table.has_foreign_seed())
+        return alone, alone
+
+
+class Api:
+    """The routes.  A route parses everything its request's head says and returns an action.
+
+    An action takes (body, connection) and returns the bytes of a response.  Both may raise
+    Refused.  An action may be called again for a request with the very same head.
+    """
+
+    def __init__(self, node):
+        self._node = node
+        self._routes = {  # path -> {method: route}; a GET serves HEAD as well
+            "/increment": {"POST": self._increment},
+            "/count": {"GET": self._count},
+            "/peers": {"GET": self._peers},
+            "/healthz": {"GET": self._healthz},
+            "/readyz": {"GET": self._readyz},
+            replication.PATH: {"POST": self._gossip},
+        }
+        self._named_routes = {  # path up to its last part, which the route is called with
+            "/increment/": {"POST": self._increment},
+            "/count/": {"GET": self._count},
+            "/increments/": {"GET": self._increment_status},
+        }
+
+    def action(self, head):
+        """Return what answers a request with this head."""
+        parent, slash, last = head.path.rpartition("/")
+        if head.path in self._routes:
+            routes, arguments = self._routes[head.path], ()
+        elif parent + slash in self._named_routes:
+            routes, arguments = self._named_routes[parent + slash], (last,)
+        elif head.path == "*" and head.method == "OPTIONS":
+            routes, arguments = {"GET": None, "POST": None}, ()
+        else:
+            raise Refused(404, "no such path; try POST /increment, GET /count or GET /peers")
+        route = routes.get("GET" if head.method == "HEAD" else head.method)
+        if route:
+            return route(head, *arguments)
+        allowed = ", ".join([*routes, *(["HEAD"] if "GET" in routes else []), "OPTIONS"])
+        if head.method == "OPTIONS":
+            return partial(_no_content, allowed)
+        raise Refused(405, f"this path takes {allowed}", [("Allow", allowed)])
+
+    def _increment(self, head, name="default"):
+        name = _name(name)
+        query = http1.parse_query(head.query, ("amount",))
+        given = "amount" in query
+        amount = _amount(query["amount"]) if given else 1
+        counter, replicator = self._node.counter, self._node.replicator
+
+        def increment(body, _connection):
+            by = _body_amount(body, amount, given) if body else amount
+            replica, sequence, count = counter.increment(name, by)
+            replicator.wake()
+            return http1.ok(f'{{"id": "{increment_id(replica, sequence)}", "name": "{name}", "count": {count}}}\n')
+
+        return increment
+
+    def _count(self, head, name="default"):
+        name = _name(name)
+        query = http1.parse_query(head.query, ("after", "timeout"))
+        if "timeout" in query and "after" not in query:
+            raise Refused(400, "timeout goes with after")
+        dot = _dot(query["after"]) if "after" in query else None
+        timeout_s = _timeout_s(query)
+        counter = self._node.counter
+
+        def count(_body, _connection):
+            if dot and not counter.wait_until_held(*dot, timeout_s):
+                raise Refused(504, "that increment has not arrived here within the timeout; try again")
+            return http1.ok(f'{{"name": "{name}", "count": {counter.value(name)}}}\n')
+
+        return count
+
+    def _increment_status(self, head, id):
+        http1.parse_query(head.query, ())
+        dot = _dot(http1.decode_component(id))
+
+        def status(_body, _connection):
+            if not self._node.counter.holds(*dot):
+                raise Refused(404, "that increment has not arrived here, or not yet")
+            return _json({"id": increment_id(*dot), "applied": True})
+
+        return status
+
+    def _peers(self, head):
+        http1.parse_query(head.query, ())
+        return self._list_peers
+
+    def _list_peers(self, _body, _connection):
+        node, now = self._node, time.monotonic()
+        unconfirmed = node.gossip.unconfirmed()
+        about = {"id": node.counter.replica, "address": node.table.address, "uptime_s": round(now - node.started, 1)}
+        peers = [
+            {"id": id, "address": address, "state": state, "silent_s": round(silent_s, 3),
+             "unconfirmed": unconfirmed.get(address, 0)}
+            for id, address, state, silent_s in node.table.snapshot(now)
+        ]  # fmt: skip
+        return _json({"self": about | {"version": __version__}, "peers": peers})
+
+    def _healthz(self, head):
+        http1.parse_query(head.query, ())
+        return lambda _body, _connection: _json({"status": "alive"})
+
+    def _readyz(self, head):
+        http1.parse_query(head.query, ())
+        return self._readiness
+
+    def _readiness(self, _body, _connection):
+        ready, alone = self._node.readiness()
+        if not ready:
+            raise Refused(503, "this node has not yet caught up with any of its peers", [("Retry-After", "1")])
+        return _json({"status": "ready", "alone": alone})
+
+    def _gossip(self, head):
+        http1.parse_query(head.query, ())
+        return self._receive
+
+    def _receive(self, body, connection):
+        try:
+            message = replication.decode(body)
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+        node = self._node
+        if node.table.address is None:
+            node.table.advertise(join_address(connection.local_host(), node.port))
+        answer = node.gossip.receive(message, time.monotonic())
+        node.server.recognise_peer(connection)
+        return http1.response(200, replication.encode(answer))
+
+
+def _json(fields):
+    return http1.ok(json.dumps(fields) + "\n")
+
+
+def _no_content(allowed, _body, _connection):
+    return http1.response(204, b"", headers=[("Allow", allowed)])
+
+
+def _name(text):
+    name = http1.decode_component(text)
+    if not NAME.match(name):
+        raise Refused(400, "a counter's name is 1 to 128 of A-Z a-z 0-9 . _ : - and neither . nor ..")
+    return name
+
+
+def _amount(text):
+    return _checked_amount(int(text) if _INTEGER.match(text) else None)
+
+
+def _checked_amount(amount):
+    if type(amount) is not int or not 0 < abs(amount) <= AMOUNT_MAX:
+        raise Refused(400, "amount must be an integer other than 0, from -(2**53-1) to 2**53-1")
+    return amount
+
+
+def _body_amount(body, default, given_in_query):
+    """Return the amount a JSON body says; without one it is `default`."""
+    try:
+        fields = json.loads(body.decode(), object_pairs_hook=_distinct)
+    except (ValueError, RecursionError):
+        raise Refused(400, 'the body must be JSON in UTF-8, such as {"amount": 5}, or empty') from None
+    if type(fields) is not dict or fields.keys() - {"amount"}:
+        raise Refused(400, 'the body must be a JSON object with no other field than "amount"')
+    if not fields:
+        return default
+    if given_in_query:
+        raise Refused(400, "send amount in the query or in the body, not in both")
+    return _checked_amount(fields["amount"])
+
+
+def _distinct(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise Refused(400, "a field of the JSON body is there more than once")
+    return fields
+
+
+def _dot(text):
+    try:
+        return parse_increment_id(text)
+    except ValueError:
+        raise Refused(400, 'an increment id is a UUIDv8 as POST /increment answers it in "id"') from None
+
+
+def _timeout_s(query):
+    text = query.get("timeout")
+    if text is None:
+        return WAIT_DEFAULT_S
+    if not _SECONDS.match(text) or float(text) > WAIT_MAX_S:
+        raise Refused(400, f"timeout must be a number of seconds from 0 to {WAIT_MAX_S:.0f}")
+    return float(text)
+
+
+class Connection(socketserver.BaseRequestHandler):
+    """One connection of a client or a peer, served by a thread of its own."""
+
+    def __init__(self, sock, address, server, kind):
+        self.kind = kind
+        super().__init__(sock, address, server)  # which calls the two below
+
+    def setup(self):
+        self._received = b""  # read, but not yet part of a request
+        self._receive_timeout_s = None  # as it is set on the socket
+
+    def local_host(self):
+        """Return the address of this machine that the connection came to."""
+        host = ipaddress.ip_address(self.request.getsockname()[0])
+        return str(getattr(host, "ipv4_mapped", None) or host)
+
+    def handle(self):
+        try:
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_TIMEOUT_S))
+            self._serve()
+        except OSError:  # the client hung up, or is too slow
+            pass
+        except Exception:  # a bug; it costs this connection only
+            log.exception("serving a request failed")
+            with contextlib.suppress(OSError):
+                self._close_with(Refused(500, "this node failed to serve the request; see its log").response())
+
+    def _serve(self):
+        # A client sends the same head again and again: the latest request that had no body and
+        # came in one piece, and what answers it.
+        latest, action = None, None
+        idle_s = RESERVE_TIMEOUT_S if self.kind == RESERVED else IDLE_TIMEOUT_S
+        while self._received or self._receive(idle_s):
+            if self._received == latest and not self.server.stopping:
+                self._received = b""
+                try:
+                    response = action(b"", self)
+                except Refused as refused:
+                    response = refused.response()
+                self.request.sendall(response)
+                continue
+            received = self._received
+            response, keep_alive, action = self._answer_next()
+            if not keep_alive or self.server.stopping:
+                self._close_with(response)
+                return
+            self.request.sendall(response)
+            latest, idle_s = received if action else None, IDLE_TIMEOUT_S
+
+    def _answer_next(self):
+        """Read a request; return (response, keep alive, action).
+
+        The action is None where calling it again would not answer the same bytes.
+        """
+        received, head, action = self._received, None, None
+        try:
+            head = self._read_head()
+            repeats = received.endswith(b"\r\n\r\n") and not self._received and not head.length
+            body = self._read_body(head)
+            action = self.server.api.action(head)
+            response, close = action(body, self), False
+        except Refused as refused:
+            response, close = refused.response(), refused.close
+        if head is None:
+            return response, False, None
+        if head.method == "HEAD":
+            response = http1.without_body(response)
+        if head.is_http10 and head.keep_alive:
+            response = http1.with_header(response, b"Connection: keep-alive")
+        repeats = repeats and head.method != "HEAD" and not head.is_http10
+        return response, head.keep_alive and not close, action if repeats else None
+
+    def _read_head(self):
+        deadline = time.monotonic() + (RESERVE_TIMEOUT_S if self.kind == RESERVED else HEAD_TIMEOUT_S)
+        while True:
+            self._received = self._received.removeprefix(b"\r\n")  # RFC 9112 section 2.2
+            raw, end, rest = self._received.partition(b"\r\n\r\n")
+            if end or len(raw) > http1.HEAD_MAX or b"\r\n" not in raw and len(raw) > http1.LINE_MAX:
+                break
+            self._receive_by(deadline, "the head of the request took too long")
+        head = http1.parse_head(raw)
+        self._received = rest
+        if self.kind == RESERVED and head.path != replication.PATH:
+            raise Refused(503, "all connections are taken; try again later", [("Retry-After", "1")], close=True)
+        return head
+
+    def _read_body(self, head):
+        size_max = replication.BODY_MAX if head.path == replication.PATH else BODY_MAX
+        if head.length > size_max:
+            raise Refused(413, f"the body may have at most {size_max} bytes", close=True)
+        if head.expects_continue and len(self._received) < head.length:
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        deadline = time.monotonic() + BODY_TIMEOUT_S
+        chunks, missing = [self._received], head.length - len(self._received)
+        while missing > 0:
+            self._received = b""
+            self._receive_by(deadline, "the body of the request took too long")
+            chunks.append(self._received)
+            missing -= len(self._received)
+        received = b"".join(chunks)
+        self._received = received[head.length :]
+        return received[: head.length]
+
+    def _receive_by(self, deadline, complaint):
+        """Read some more of a request that has begun; Refused if nothing comes by the deadline."""
+        try:
+            if not self._receive(max(0.001, deadline - time.monotonic())):
+                raise ConnectionAbortedError  # hung up half way: there is nobody to answer
+        except BlockingIOError:
+            raise Refused(408, complaint, close=True) from None
+
+    def _receive(self, timeout_s):
+        """Read some more; return whether there was any.  BlockingIOError if none came in time."""
+        if timeout_s != self._receive_timeout_s:
+            # In the kernel: with socket.settimeout() every recv() would cost a poll() as well.
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout_s))
+            self._receive_timeout_s = timeout_s
+        received = self.request.recv(RECEIVE_SIZE)
+        self._received += received
+        return bool(received)
+
+    def _close_with(self, response):
+        """Send the last response, and give the client the time to read it.
+
+        Closing with bytes of the client unread would reset the connection, and the response
+        could be lost (RFC 9112 section 9.6).
+        """
+        self.request.sendall(http1.with_header(response, b"Connection: close"))
+        self.request.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER_S
+        while (left_s := deadline - time.monotonic()) > 0 and self._receive(left_s):
+            self._received = b""
+
+
+def _timeval(seconds):
+    return struct.pack("@ll", *divmod(max(1, int(seconds * 1e6)), 1_000_000))  # 0 would be for ever
+
+
+class Server(ThreadingHTTPServer):
+    """Accepts connections, each served by a thread, at most --max-connections of clients.
+
+    Some more are kept in reserve until they show whether they are a peer's: a flood of clients
+    must not cut a node off from the cluster.  Raises OSError if it cannot listen.
+    """
+
+    request_queue_size = BACKLOG
+
+    def __init__(self, config, api):
+        self.api = api
+        self.stopping = False
+        self._clients_max = config.max_connections
+        # Guards the two below.  Held for dictionary work only, never together with another.
+        # Who waits on it waits for the end of a connection.
+        self._changed = threading.Condition()
+        self._open = {}  # thread -> (socket, kind of the connection it serves)
+        self._numbers = {CLIENT: 0, PEER: 0, RESERVED: 0}  # of open connections
+        self._serial = itertools.count(1)  # used by the accepting thread alone
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.2,), name="accept", daemon=True)
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        self.address_family, _, _, _, address = found[0]
+        super().__init__(address, Connection)
+
+    def server_bind(self):
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)  # HTTPServer would look up the host's name as well
+
+    def start(self):
+        self._thread.start()
+
+    def stop(self, release_waiting):
+        """Accept nothing more, let requests in flight be answered, and end the threads.
+
+        `release_waiting` lets those go who wait in an action.
+        """
+        self.stopping = True
+        self.shutdown()
+        self._thread.join(STOP_S)
+        self.server_close()
+        release_waiting()
+        with self._changed:
+            for sock, _ in self._open.values():
+                with contextlib.suppress(OSError):  # it has just been closed
+                    sock.shutdown(socket.SHUT_RD)  # what was received can still be read
+            if not self._changed.wait_for(lambda: not self._open, STOP_S):
+                log.warning("stopping: requests still in flight=%d", len(self._open))
+
+    def get_request(self):
+        try:
+            return super().get_request()
+        except OSError:
+            # Most likely no file descriptor is left; a busy loop would not free any.
+            with self._changed:
+                self._changed.wait(0.1)
+            raise
+
+    def process_request(self, sock, address):
+        kind = self._admit()
+        if kind is None:
+            self.shutdown_request(sock)
+            return
+        name = f"connection-{next(self._serial)}"
+        thread = threading.Thread(target=self._serve, args=(sock, address, kind), name=name, daemon=True)
+        with self._changed:
+            self._open[thread] = (sock, kind)
+        try:
+            thread.start()
+        except RuntimeError:
+            log.warning("connection refused: no thread could be started")
+            self._end(thread)
+            self.shutdown_request(sock)
+
+    def _admit(self):
+        """Return the kind of a new connection, counted from now on; None if there is no place."""
+        with self._changed:
+            kind = CLIENT if self._numbers[CLIENT] < self._clients_max else RESERVED
+            if kind == RESERVED and not self._changed.wait_for(self._has_reserve_locked, RESERVE_TIMEOUT_S):
+                return None
+            self._numbers[kind] += 1
+            return kind
+
+    def _has_reserve_locked(self):
+        return self._numbers[RESERVED] < RESERVE_MAX
+
+    def _serve(self, sock, address, kind):
+        try:
+            Connection(sock, address, self, kind)  # which serves it until it ends
+        finally:
+            self.shutdown_request(sock)
+            self._end(threading.current_thread())
+
+    def _end(self, thread):
+        with self._changed:
+            _, kind = self._open.pop(thread)
+            self._numbers[kind] -= 1
+            self._changed.notify_all()
+
+    def recognise_peer(self, connection):
+        """Take note that the connection of the current thread is a peer's, not a client's."""
+        if connection.kind == PEER:
+            return
+        connection.kind = PEER
+        with self._changed:
+            sock, kind = self._open[threading.current_thread()]
+            self._open[threading.current_thread()] = (sock, PEER)
+            self._numbers[kind] -= 1
+            self._numbers[PEER] += 1
+            self._changed.notify_all()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and shows help as the user wrote it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse_arguments(arguments):
+    """Return the Config of a command line; SystemExit with status 2 and one line if it is wrong."""
+    parser = _Parser(
+        prog="counter_server.py",
+        description="A node of a distributed in-memory counter. Times are in seconds, fractions allowed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    listen = parser.add_argument_group("listening").add_argument
+    listen("--port", type=_integer(0, 65535), default=8080, metavar="N", help="port to listen on; 0 takes a free one")
+    listen("--host", default="127.0.0.1", help="address to listen on")
+    listen("--advertise", type=_address, metavar="HOST:PORT", help="what peers are told to connect to")
+    listen("--max-connections", type=_integer(1, 100_000), default=512, metavar="N", help="clients served at once")
+    cluster = parser.add_argument_group("cluster").add_argument
+    cluster("--peers", type=_addresses, action="extend", default=[], metavar="HOST:PORT,...",
+            help="nodes to join through; repeatable")  # fmt: skip
+    cluster("--heartbeat-interval", type=_seconds(0.01), default=1.0, metavar="S", help="between two heartbeats")
+    cluster("--peer-timeout", type=_seconds(0.01), default=5.0, metavar="S", help="silence until a peer is lost")
+    cluster("--join-timeout", type=_seconds(0), default=10.0, metavar="S", help="until a node is ready without its seeds")
+    cluster("--fanout", type=_integer(1, 1000), default=8, metavar="N", help="peers contacted at once")
+    retry = parser.add_argument_group("replication").add_argument
+    retry("--retry-backoff", type=_seconds(0.001), default=0.1, metavar="S", help="first backoff, at most")
+    retry("--retry-backoff-max", type=_seconds(0.001), default=10.0, metavar="S", help="longest backoff")
+    retry("--retry-workers", type=_integer(1, 256), default=4, metavar="N", help="threads that send to peers")
+    retry("--drain-timeout", type=_seconds(0), default=5.0, metavar="S", help="to hand over to the peers when stopping")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="to stderr")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    options = parser.parse_args(arguments)
+    if options.peer_timeout <= options.heartbeat_interval:
+        parser.error("argument --peer-timeout: must be longer than --heartbeat-interval")
+    if options.retry_backoff_max < options.retry_backoff:
+        parser.error("argument --retry-backoff-max: must not be shorter than --retry-backoff")
+    return Config(**{**vars(options), "peers": tuple(options.peers)})
+
+
+def _integer(least, most):
+    def integer(text):
+        if not re.fullmatch("-?[0-9]{1,9}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {least} to {most}")
+        return int(text)
+
+    return integer
+
+
+def _seconds(least):
+    def seconds(text):
+        if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,9})?|\.[0-9]{1,9}", text) or float(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, {least} or more")
+        return float(text)
+
+    return seconds
+
+
+def _address(text):
+    try:
+        return parse_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _addresses(text):
+    return [_address(part) for part in text.split(",") if part.strip()]
+
+
+def main(arguments=None):
+    """Run a node until SIGINT or SIGTERM; return the exit status."""
+    config = parse_arguments(arguments)
+    logging.raiseExceptions = False  # a full disk behind stderr is no reason for tracebacks
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of every quick try
+    signals = queue.SimpleQueue()  # its put() may be called by a signal handler at any moment
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _frame: signals.put(number))
+    try:
+        node = Node(config)
+    except OSError as error:
+        print(f"counter_server.py: cannot listen on {config.host} port {config.port}: {error}", file=sys.stderr)
+        return 1
+    node.start()
+    log.info("listening: addr=%s id=%s", join_address(node.server.server_address[0], node.port), node.counter.replica)
+    number = signals.get()
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, signal.SIG_DFL)  # a second one ends the process at once
+    log.info("stopping: signal=%s", signal.Signals(number).name)
+    node.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""HTTP/1.1 messages as bytes: reading the head of a request, writing a response.
+
+Pure: no socket.  Strict where leniency is dangerous: whatever two programs in a row might read
+differently is refused (RFC 9112 section 11.2, request smuggling).  Parsing is a function of the
+bytes alone, so that a connection can reuse the parse of a head it has seen before.
+"""
+
+import json
+import re
+import time
+from collections import namedtuple
+from email.utils import formatdate
+from http import HTTPStatus
+from urllib.parse import unquote_to_bytes
+
+LINE_MAX = 8 * 1024  # bytes of a request line
+HEAD_MAX = 32 * 1024  # bytes of a head
+HEAD_LINES_MAX = 100
+
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+_HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\x80-\xff\t]*?)[ \t]*")
+_ABSOLUTE = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+# Of these one line is allowed: two could be read differently by the next program.
+_SINGLE = {"host", "content-length", "transfer-encoding", "idempotency-key", "origin", "sec-fetch-site"}
+
+# `path` and `query` are still percent-encoded; `headers` is {lower-case name: value}.
+Head = namedtuple("Head", "method path query headers length keep_alive is_http10 expects_continue")
+
+
+class Refused(Exception):
+    """A request this node will not serve, answered as an RFC 9457 problem; `detail` says what to do.
+
+    After `close` the connection cannot be trusted to be at the start of a request.
+    """
+
+    def __init__(self, status, detail, headers=(), close=False):
+        super().__init__(detail)
+        self.status, self.detail, self.headers, self.close = status, detail, headers, close
+
+    def response(self):
+        title = HTTPStatus(self.status).phrase
+        problem = {"type": "about:blank", "title": title, "status": self.status, "detail": self.detail}
+        body = json.dumps(problem) + "\n"
+        return response(self.status, body.encode(), "application/problem+json", self.headers)
+
+
+def parse_head(head):
+    """Return the Head of a request from its bytes, without the empty line; Refused if it is not good."""
+    lines = head.split(b"\r\n")
+    if len(lines[0]) > LINE_MAX:
+        raise Refused(414, f"the request line is longer than {LINE_MAX} bytes", close=True)
+    if len(head) > HEAD_MAX or len(lines) - 1 > HEAD_LINES_MAX:
+        raise Refused(431, f"send at most {HEAD_MAX} bytes and {HEAD_LINES_MAX} lines of headers", close=True)
+    match = _REQUEST_LINE.fullmatch(lines[0])
+    if not match:
+        raise Refused(400, "malformed request line; send METHOD /PATH HTTP/1.1, ended by CR LF", close=True)
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise Refused(505, "this server speaks HTTP/1.1 and HTTP/1.0", close=True)
+    headers = _parse_headers(lines[1:])
+    if minor != b"0" and "host" not in headers:
+        raise Refused(400, "an HTTP/1.1 request needs a Host header", close=True)
+    path, _, query = _ABSOLUTE.sub("", target.decode(), count=1).partition("?")
+    length = _content_length(headers)
+    expects_continue = _expects_continue(headers)
+    options = {option.strip().lower() for option in headers.get("connection", "").split(",")}
+    keep_alive = "close" not in options and (minor != b"0" or "keep-alive" in options)
+    return Head(method.decode(), path, query, headers, length, keep_alive, minor == b"0", expects_continue)
+
+
+def _parse_headers(lines):
+    headers = {}
+    for line in lines:
+        match = _HEADER_LINE.fullmatch(line)
+        if not match:
+            raise Refused(400, "malformed header line; send NAME: VALUE, ended by CR LF", close=True)
+        name, value = match[1].decode().lower(), match[2].decode("latin-1")
+        if name in headers:
+            if name in _SINGLE:
+                raise Refused(400, f"send the header {name} only once", close=True)
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def _content_length(headers):
+    text = headers.get("content-length", "0")
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise Refused(400, "Content-Length must be one decimal number", close=True)
+    if "transfer-encoding" in headers:
+        if "content-length" in headers:
+            raise Refused(400, "send Content-Length or Transfer-Encoding, not both", close=True)
+        raise Refused(501, "Transfer-Encoding is not served; send a Content-Length", close=True)
+    return int(text)
+
+
+def _expects_continue(headers):
+    expected = headers.get("expect", "100-continue").lower()
+    if expected != "100-continue":
+        raise Refused(417, "the only expectation met here is 100-continue", close=True)
+    return "expect" in headers
+
+
+def decode_component(text):
+    """Return a percent-decoded part of a path or query; Refused if it is no UTF-8 or badly escaped."""
+    if _BAD_ESCAPE.search(text):
+        raise Refused(400, "malformed percent-encoding in the request's target")
+    try:
+        return unquote_to_bytes(text).decode()
+    except UnicodeDecodeError:
+        raise Refused(400, "percent-encoding in the request's target must be UTF-8") from None
+
+
+def parse_query(query, allowed):
+    """Return {name: value} of a query string; Refused if a name is not allowed or comes twice."""
+    parameters = {}
+    for part in query.split("&") if query else ():
+        name, _, value = part.replace("+", " ").partition("=")
+        name = decode_component(name)
+        if name not in allowed:
+            raise Refused(400, f"unknown query parameter; known here: {', '.join(allowed) or 'none'}")
+        if name in parameters:
+            raise Refused(400, f"the query parameter {name} was sent more than once")
+        parameters[name] = decode_component(value)
+    return parameters
+
+
+def response(status, body, content_type="application/json", headers=()):
+    """Return a whole response; `body` is bytes, `headers` are (name, value) pairs."""
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {_date()}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    if status != 204:
+        lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def ok(body):
+    """Return the response 200 with a JSON text, which is ASCII.  This is the hot path's."""
+    return (
+        f"HTTP/1.1 200 OK\r\nDate: {_date()}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n{body}"
+    ).encode()
+
+
+def with_header(response, line):
+    """Return a response with one more header line."""
+    head, end, body = response.partition(b"\r\n\r\n")
+    return b"%b\r\n%b%b%b" % (head, line, end, body)
+
+
+def without_body(response):
+    """Return a response as it answers HEAD: its Content-Length stays."""
+    return response.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+
+
+_dated = (0, "")  # replaced as a whole: threads may read it at any time
+
+
+def _date():
+    global _dated
+    second, text = _dated
+    now = int(time.time())
+    if now != second:
+        text = formatdate(now, usegmt=True)
+        _dated = (now, text)
+    return text

@@ -1,0 +1,356 @@
+"""Who is in the cluster.
+
+PeerTable is pure: addresses, beats and states; what depends on time takes `now`, in seconds of
+any clock that only moves forward.  Heartbeat is the one thread here: it sweeps the table.  This
+file knows neither counters nor sockets; whom to contact it says, and others do it.
+
+A node is its replica id; an address is only where an id last answered.  Every node raises its
+own *beat* once an interval, and beats travel by gossip, so that a silent node is noticed by
+everyone without everyone asking it (van Renesse, Minsky, Hayden, "A Gossip-Style Failure
+Detection Service", 1998).  A node that sweeps late forgives the others its own lateness
+(Dadgar, Phillips, Currey, "Lifeguard", 2017).
+"""
+
+import ipaddress
+import logging
+import random
+import re
+import threading
+import time
+from collections import OrderedDict, namedtuple
+
+log = logging.getLogger("counter.peers")
+
+RUMOURED = "rumoured"  # known from others only: not gossiped on, not counted as there
+ACTIVE = "active"
+LOST = "lost"  # silent for too long; probed until it answers
+
+PROBE_INTERVAL_MAX_S = 10.0
+LOST_MAX = 64  # lost peers probed for ever; older ones are forgotten
+GONE_MAX = 4096  # ids remembered so that late rumours of them revive nobody
+LEFT_NEWS_TIMEOUTS = 10  # how long a departure is passed on, in peer timeouts
+NEVER = float("inf")
+
+_HOST = re.compile(r"[a-z0-9._-]{1,253}\Z")
+
+Sender = namedtuple("Sender", "id address beat leaving")  # address: None while it is unknown
+View = namedtuple("View", "peers left")  # peers: [(id, address, beat)], left: [id]
+Sweep = namedtuple("Sweep", "contact seeds changes")  # addresses, names to resolve, [Change]
+Change = namedtuple("Change", "what id address")
+
+
+def parse_address(text):
+    """Return `HOST:PORT` or `[IPv6]:PORT` in its one normal spelling; ValueError if it is neither."""
+    host, colon, port = text.strip().rpartition(":")
+    if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r} is not HOST:PORT")
+    if host.startswith("[") and host.endswith("]"):
+        return f"[{ipaddress.IPv6Address(host[1:-1]).compressed}]:{int(port)}"
+    if not _HOST.match(host.lower()):
+        raise ValueError(f"{text!r} is not HOST:PORT (IPv6 goes in brackets)")
+    return f"{host.lower()}:{int(port)}"
+
+
+def join_address(host, port):
+    """Return the address of a host, which may be an IPv6 literal without brackets."""
+    return parse_address(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+
+
+def split_address(address):
+    """Return (host, port) of an address; an IPv6 host comes without its brackets."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def log_changes(changes):
+    """Write one line for every change of the membership."""
+    for change in changes:
+        level = logging.WARNING if change.what == "lost" else logging.INFO
+        log.log(level, "peer %s: addr=%s id=%s", change.what, change.address, change.id)
+
+
+class _Probe:
+    """When to try somebody next who is not active: at intervals that grow to 10 s."""
+
+    def __init__(self):
+        self.at = 0.0
+        self._tries = 0
+
+    def reset(self):
+        self.at, self._tries = 0.0, 0
+
+    def take(self, now, interval_s, rng):
+        """Return whether a try is due; if so the next one is later."""
+        if now < self.at:
+            return False
+        wait_s = min(PROBE_INTERVAL_MAX_S, interval_s * 1.5 ** min(self._tries, 30))
+        self._tries += 1
+        self.at = now + wait_s * rng.uniform(0.8, 1.0)  # nodes that lost each other try out of step
+        return True
+
+
+class _Peer:
+    def __init__(self, id, address, beat, now):
+        self.id, self.address, self.beat = id, address, beat
+        self.state = RUMOURED
+        self.heard = now  # when it last proved to be alive
+        self.probe = _Probe()
+
+
+class _Seed:
+    def __init__(self, name):
+        self.name = name
+        self.addresses = ()  # what the name last resolved to
+        self.probe = _Probe()
+
+
+class PeerTable:
+    """The peers of one node.  Threads may call anything at any time.
+
+    `address` is what this node tells peers, None until it is known; `seeds` are the addresses,
+    by name or by number, through which it joins.
+    """
+
+    def __init__(self, replica, address, seeds, heartbeat_interval_s, peer_timeout_s, fanout, rng=random):
+        self._interval_s, self._timeout_s = heartbeat_interval_s, peer_timeout_s
+        self._fanout, self._rng = fanout, rng
+        # Guards everything below.  Held for dictionary work only, never together with another.
+        self._lock = threading.Lock()
+        self._id, self._address, self._beat, self._leaving = replica, address, 0, False
+        self._peers = {}  # id -> _Peer
+        self._answered = {}  # address -> the id that last answered there directly
+        self._gone = OrderedDict()  # id -> the beat above which it may return: NEVER, or its last
+        self._left = {}  # id that said leave -> until when to pass that on
+        self._seeds = [_Seed(name) for name in dict.fromkeys(seeds)]
+        self._swept = None
+
+    @property
+    def address(self):
+        return self._address
+
+    def advertise(self, address):
+        """Say under which address this node can be reached, unless that is known already."""
+        with self._lock:
+            self._address = self._address or address
+
+    def rename(self, replica):
+        """Take on a new replica id; the old one is nobody's peer."""
+        with self._lock:
+            self._forget_locked(self._id, NEVER)
+            self._id = replica
+
+    def leave(self):
+        """Say from now on, in every message, that this node is leaving."""
+        with self._lock:
+            self._leaving = True
+            self._beat += 1
+
+    def describe(self):
+        """Return what a message says of this node and of those it knows: (Sender, View)."""
+        with self._lock:
+            sender = Sender(self._id, self._address, self._beat, self._leaving)
+            peers = [(peer.id, peer.address, peer.beat) for peer in self._in_state_locked(ACTIVE)]
+            return sender, View(peers, list(self._left))
+
+    def active(self):
+        """Return [(id, address)] of the active peers."""
+        with self._lock:
+            return [(peer.id, peer.address) for peer in self._in_state_locked(ACTIVE)]
+
+    def snapshot(self, now):
+        """Return [(id, address, state, seconds of silence)] of active and lost peers."""
+        with self._lock:
+            listed = self._in_state_locked(ACTIVE, LOST)
+            return [(peer.id, peer.address, peer.state, max(0.0, now - peer.heard)) for peer in listed]
+
+    def has_foreign_seed(self):
+        """Return whether some seed is, or may still turn out to be, another node."""
+        with self._lock:
+            return any(self._answerers_locked(seed) != {self._id} for seed in self._seeds)
+
+    def sweep(self, now):
+        """Raise the beat, drop the silent, and return whom to contact now, as a Sweep."""
+        with self._lock:
+            changes = []
+            self._forgive_lateness_locked(now)
+            self._beat += 1
+            for peer in list(self._peers.values()):
+                if now - peer.heard > self._timeout_s:
+                    if peer.state == ACTIVE:
+                        peer.state = LOST
+                        peer.probe.reset()
+                        changes.append(Change("lost", peer.id, peer.address))
+                    elif peer.state == RUMOURED:
+                        self._forget_locked(peer.id, peer.beat)
+            lost = sorted(self._in_state_locked(LOST), key=lambda peer: peer.heard)
+            for peer in lost[:-LOST_MAX]:
+                self._forget_locked(peer.id, peer.beat)
+            self._left = {id: until for id, until in self._left.items() if now < until}
+            return Sweep(self._beats_locked() + self._probes_locked(now), self._unmet_seeds_locked(now), changes)
+
+    def _forgive_lateness_locked(self, now):
+        # Whoever was stopped or starved cannot tell its own silence from that of the others.
+        # A tenth of an interval is the ordinary unevenness of a thread's waking up.
+        late_s = now - self._swept - 1.1 * self._interval_s if self._swept is not None else 0
+        self._swept = now
+        if late_s > 0:
+            for peer in self._peers.values():
+                peer.heard += late_s
+
+    def _beats_locked(self):
+        """Return the addresses of the peers that get a heartbeat in this sweep."""
+        addresses = [peer.address for peer in self._in_state_locked(ACTIVE)]
+        return self._rng.sample(addresses, self._fanout) if len(addresses) > self._fanout else addresses
+
+    def _probes_locked(self, now):
+        """Return the addresses of lost and rumoured peers whose turn it is, newest news first."""
+        waiting = sorted(self._in_state_locked(LOST, RUMOURED), key=lambda peer: -peer.heard)
+        due = []
+        for peer in waiting:
+            if len(due) == self._fanout:
+                break
+            if peer.address != self._address and peer.probe.take(now, self._interval_s, self._rng):
+                due.append(peer.address)
+        return due
+
+    def _unmet_seeds_locked(self, now):
+        due = []
+        for seed in self._seeds:
+            met = (self._peers.get(id) for id in self._answerers_locked(seed))
+            if any(peer and peer.state == ACTIVE for peer in met):
+                seed.probe.reset()
+            elif seed.probe.take(now, self._interval_s, self._rng):
+                due.append(seed.name)
+        return due
+
+    def resolved(self, name, addresses):
+        """Take note of what a seed's name resolves to; return which of them are not this node."""
+        with self._lock:
+            for seed in self._seeds:
+                if seed.name == name:
+                    seed.addresses = tuple(addresses)
+            return [address for address in addresses if self._answered.get(address) != self._id]
+
+    def heard(self, sender, view, now, answered_at=None):
+        """Take in what a message says; return (addresses to contact at once, [Change]).
+
+        `answered_at` is the address that was contacted, if the message is an answer.  An answer
+        proves its sender to be alive, and the owner of that address; a message that came by
+        itself proves it by a greater beat, since an equal one may be a replay.
+        """
+        with self._lock:
+            contact, changes = [], []
+            if sender.id == self._id:
+                if answered_at:
+                    self._answered[answered_at] = self._id
+                return contact, changes
+            self._sender_locked(sender, now, answered_at, contact, changes)
+            for id, address, beat in view.peers:
+                self._rumour_locked(id, address, beat, now, contact, changes)
+            for id in view.left:
+                self._departure_locked(id, now, changes)
+            contact = [address for address in dict.fromkeys(contact) if address != self._address]
+            return contact[: self._fanout], changes
+
+    def _sender_locked(self, sender, now, answered_at, contact, changes):
+        if answered_at:
+            owner = self._peers.get(self._answered.get(answered_at))
+            self._answered[answered_at] = sender.id
+            if owner and owner.id != sender.id and owner.address == answered_at:
+                # Another process lives there now.
+                changes.append(Change("restarted", owner.id, owner.address))
+                self._forget_locked(owner.id, NEVER)
+        if sender.leaving:
+            self._departure_locked(sender.id, now, changes)
+        peer = self._peers.get(sender.id)
+        known_beat = peer.beat if peer else self._gone.get(sender.id, -1)
+        address = sender.address or answered_at
+        if known_beat == NEVER or not address or not (answered_at or sender.beat > known_beat):
+            return
+        if peer is None:
+            self._gone.pop(sender.id, None)
+            peer = self._peers[sender.id] = _Peer(sender.id, address, sender.beat, now)
+        peer.address, peer.beat, peer.heard = address, max(peer.beat, sender.beat), now
+        if peer.state == ACTIVE:
+            return
+        if not answered_at and self._answered.get(address, peer.id) != peer.id:
+            contact.append(address)  # somebody else answered there: who does now?
+            return
+        changes.append(Change("back" if peer.state == LOST else "joined", peer.id, peer.address))
+        peer.state = ACTIVE
+
+    def _rumour_locked(self, id, address, beat, now, contact, changes):
+        peer = self._peers.get(id)
+        if id == self._id or beat <= (peer.beat if peer else self._gone.get(id, -1)):
+            return
+        if peer is None:
+            self._gone.pop(id, None)
+            self._peers[id] = _Peer(id, address, beat, now)
+            contact.append(address)
+            return
+        peer.beat = beat
+        if peer.state == ACTIVE:
+            peer.heard = now
+        elif peer.state == RUMOURED and len(self._peers) > self._fanout:
+            # Too many to contact everyone.  Somebody has heard it beat, and again just now.
+            peer.state, peer.heard = ACTIVE, now
+            changes.append(Change("joined", id, peer.address))
+        else:
+            contact.append(peer.address)
+
+    def _departure_locked(self, id, now, changes):
+        if id == self._id or self._gone.get(id) == NEVER:
+            return
+        peer = self._peers.get(id)
+        if peer and peer.state != RUMOURED:
+            changes.append(Change("left", id, peer.address))
+        self._left[id] = now + LEFT_NEWS_TIMEOUTS * self._timeout_s
+        self._forget_locked(id, NEVER)
+
+    def _forget_locked(self, id, beat):
+        peer = self._peers.pop(id, None)
+        if peer and self._answered.get(peer.address) == id:
+            del self._answered[peer.address]
+        self._gone[id] = beat
+        if len(self._gone) > GONE_MAX:
+            self._gone.popitem(last=False)
+
+    def _in_state_locked(self, *states):
+        return [peer for peer in self._peers.values() if peer.state in states]
+
+    def _answerers_locked(self, seed):
+        return {self._answered[address] for address in seed.addresses if address in self._answered}
+
+
+class Heartbeat:
+    """The thread that sweeps a PeerTable once an interval, the first time at once.
+
+    `contact(addresses, seeds)` is called after each sweep with whom to contact; it must not block.
+    """
+
+    def __init__(self, table, interval_s, contact, clock=time.monotonic):
+        self._table, self._interval_s, self._contact, self._clock = table, interval_s, contact, clock
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self):
+        self._thread.start()
+
+    def stop(self, timeout_s):
+        """Ask the thread to end, wait for it, and return whether it did."""
+        self._stopping.set()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self):
+        due = self._clock()
+        while True:
+            try:
+                sweep = self._table.sweep(self._clock())
+                log_changes(sweep.changes)
+                self._contact(sweep.contact, sweep.seeds)
+            except Exception:  # a dead thread would end the heartbeats in silence
+                log.exception("heartbeat sweep failed")
+            due = max(due + self._interval_s, self._clock())  # no burst of sweeps after a pause
+            if self._stopping.wait(due - self._clock()):
+                return

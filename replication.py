@@ -1,0 +1,550 @@
+"""Getting what one node counts to all others.
+
+    Replicator.wake()  an increment was accepted ──▶ Gossip: which peers are due
+    Heartbeat          whom to contact           ──▶        │ next_link()
+                                                            ▼
+    a worker thread    request() ─▶ POST /internal/gossip ─▶ receive() at the other node
+                       answered() or failed()    ◀───────── its answer
+
+Gossip decides and is pure: it knows neither sockets nor threads, and what depends on time takes
+`now`.  Replicator is the retry worker pool around it, sending through requests sessions.
+
+There is no queue of increments.  What a peer still needs is the difference between what is
+applied here and what that peer last confirmed, however long it was away; a message that is
+lost, repeated or late does no harm.  A node pushes at once what it accepted itself.  What it
+has from others it offers with the heartbeats, in which two nodes compare their vectors.
+"""
+
+import hashlib
+import json
+import logging
+import random
+import socket
+import threading
+import time
+from collections import namedtuple
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+
+from counter import AMOUNT_MAX, NAME, REPLICA, SEQUENCE_MAX, Delta, new_replica
+from peers import Sender, View, join_address, log_changes, parse_address, split_address
+
+log = logging.getLogger("counter.replication")
+
+PATH = "/internal/gossip"
+BODY_MAX = 64 * 2**20  # bytes of a message; only a single replica's delta can come near
+DELTAS_MAX = 2**20  # bytes of deltas in a message of several replicas, roughly
+VECTOR_SHORT = 16  # replicas; a longer vector is compared by its hash first
+BEAT_MAX = 2**53
+PACING_S = 0.005  # between two pushes to one peer, times the peers pushed to
+LINK_IDLE_S = 60.0  # a link not used for so long is closed
+CONNECT_TIMEOUT_S = 1.0
+ANSWER_TIMEOUT_S = 30.0  # for a whole answer, however slowly it trickles in
+NEVER = float("inf")
+
+# Merging is idempotent, so a POST may be repeated.  Long waits are the scheduler's, within
+# stop()'s reach, so a read timeout is not tried again here and Retry-After is not slept for.
+QUICK_TRIES = urllib3.util.Retry(
+    connect=1, read=0, redirect=0, status=0, other=0,
+    backoff_factor=0.05, allowed_methods={"POST"}, respect_retry_after_header=False,
+)  # fmt: skip
+
+# A request or its answer.  `applied` is the complete vector of the sender; where there is a
+# `hash`, that alone travels for it; a mere push has neither, and no view.  `confirms` answers
+# deltas: the sequences through which their replicas are held now.
+Message = namedtuple("Message", "sender view applied hash confirms deltas")
+
+
+def backoff_s(failures, base_s, max_s, rng=random):
+    """Return the seconds to wait after `failures` (1 or more) failed sends in a row: full jitter.
+
+    Source: Brooker, "Exponential Backoff and Jitter" (AWS Architecture Blog, 2015).
+    """
+    return rng.uniform(0, min(max_s, base_s * 2 ** min(failures - 1, 30)))
+
+
+def vector_hash(vector):
+    """Return a hash on which two nodes agree exactly if their vectors are equal."""
+    return hashlib.sha256(json.dumps(sorted(vector.items())).encode()).hexdigest()[:32]
+
+
+def lacks(vector, other):
+    """Return whether a node that holds `vector` lacks something that `other` shows."""
+    return any(vector.get(replica, 0) < sequence for replica, sequence in other.items())
+
+
+def encode(message):
+    """Return a Message as the bytes of its JSON."""
+    sender, view, applied, hash, confirms, deltas = message
+    fields = {"from": sender._asdict()}
+    if hash is not None:
+        fields.update(view=view._asdict(), hash=hash)
+    elif applied is not None:
+        fields.update(view=view._asdict(), applied=applied)
+    if confirms is not None:
+        fields["confirms"] = confirms
+    if deltas:
+        fields["deltas"] = [delta._asdict() for delta in deltas]
+    return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def decode(body):
+    """Return the Message of some bytes; ValueError if any part of it is not as it must be."""
+    try:
+        fields = json.loads(body)
+        sender = Sender(**fields.pop("from"))
+        view = View(**fields.pop("view", {"peers": [], "left": []}))
+        deltas = [Delta(**delta) for delta in fields.pop("deltas", [])]
+        message = Message(sender, view, *map(fields.pop, ("applied", "hash", "confirms"), (None,) * 3), deltas)
+        _require(not fields, "an unknown field")
+        return _checked(message)
+    except (TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise ValueError(f"not a gossip message: {error}") from None
+
+
+def _require(condition, what):
+    if not condition:
+        raise ValueError(f"not a gossip message: {what}")
+
+
+def _is_int(value, least, most):
+    return type(value) is int and least <= value <= most
+
+
+def _checked(message):
+    """Return the message with its parts in their types, once all they claim is possible."""
+    sender, view, applied, hash, confirms, deltas = message
+    _require(REPLICA.match(sender.id) and type(sender.leaving) is bool, "its sender")
+    _require(_is_int(sender.beat, 0, BEAT_MAX), "a beat")
+    sender = sender._replace(address=sender.address and parse_address(sender.address))
+    peers = [(id, parse_address(address), beat) for id, address, beat in view.peers]
+    _require(all(REPLICA.match(id) and _is_int(beat, 0, BEAT_MAX) for id, _, beat in peers), "its view")
+    _require(all(map(REPLICA.match, view.left)), "its view")
+    for vector in (applied or {}, confirms or {}):
+        for replica, sequence in vector.items():
+            _require(REPLICA.match(replica) and _is_int(sequence, 0, SEQUENCE_MAX), "a vector")
+    _require(hash is None or type(hash) is str, "a hash")
+    deltas = [_checked_delta(delta) for delta in deltas]
+    return Message(sender, View(peers, list(view.left)), applied, hash, confirms, deltas)
+
+
+def _checked_delta(delta):
+    replica, after, through, totals = delta
+    _require(REPLICA.match(replica), "a replica")
+    _require(_is_int(through, 1, SEQUENCE_MAX) and _is_int(after, 0, through - 1), "a delta's range")
+    for name, (sequence, total) in totals.items():
+        _require(NAME.match(name) and _is_int(sequence, after + 1, through), "an entry")
+        _require(_is_int(total, -sequence * AMOUNT_MAX, sequence * AMOUNT_MAX), "a total")
+    # Every sequence touched one counter, and the last one cannot have been overtaken.
+    sequences = {sequence for sequence, _ in totals.values()}
+    _require(len(sequences) == len(totals) and through in sequences, "a delta's entries")
+    return Delta(replica, after, through, {name: tuple(entry) for name, entry in totals.items()})
+
+
+def _cause(error):
+    """Return what lies behind an exception of requests, without its wrappings."""
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    return getattr(error, "reason", error)
+
+
+class _Link:
+    """What is known of sending to one address.  Its `session` is used only while in flight."""
+
+    def __init__(self, address, is_seed=False):
+        self.address, self.is_seed = address, is_seed  # a seed is a name to resolve first
+        self.due = NEVER  # when to send next
+        self.in_flight = False
+        self.compare = True  # the next message is to compare vectors, not only to push
+        self.started = -NEVER  # when it was last sent to
+        self.failures = 0  # in a row
+        self.retry_at = -NEVER  # before that only heartbeats are sent: it backs off
+        self.peer = None  # the replica id that answered last
+        self.confirmed = None  # the vector it last confirmed, never changed in place; None: unknown
+        self.agreed = False  # the vectors were equal when they were last compared
+        self.told_leaving = False  # it has answered a message that said this node is leaving
+        self.session = None
+
+
+class Gossip:
+    """Who is to be sent what, and what to make of what they send.
+
+    Threads may call anything at any time.  `pushed_to` active peers at most get increments at
+    once; `doubtful_max` sends at most are under way to peers that failed last time.
+    """
+
+    def __init__(self, counter, table, retry_backoff_s, retry_backoff_max_s, pushed_to, doubtful_max, rng=random):
+        self._counter, self._table, self._rng = counter, table, rng
+        self._backoff_s, self._backoff_max_s = retry_backoff_s, retry_backoff_max_s
+        self._pushed_to, self._doubtful_max = pushed_to, doubtful_max
+        # Guards everything below.  Held for dictionary work only, never together with another.
+        # Who waits on it waits for a link to become due, or for an answer.
+        self._changed = threading.Condition()
+        self._links = {}  # address -> _Link
+        self._seed_links = {}  # name -> _Link
+        self._pending = {}  # the links with something to send or in flight, as an ordered set
+        self._pushed = []  # the links that increments are pushed to at once
+        self._touched = False  # those were told of an increment, and nothing was sent since
+        self._caught_up = False  # everything that some peer held was held here, at least once
+        self._closed = False
+
+    @property
+    def caught_up(self):
+        return self._caught_up
+
+    # What makes a link due.
+
+    def touch(self, now):
+        """Make the peers due that are pushed to: an increment was accepted."""
+        if self._touched:  # under load a push is on its way already: one attribute read
+            return
+        with self._changed:
+            self._touched = True
+            for link in self._pushed:
+                self._schedule_push_locked(link, now)
+
+    def contact(self, addresses, now):
+        """Compare vectors with those addresses, as soon as they do not back off."""
+        with self._changed:
+            for address in addresses:
+                link = self._link_locked(address)
+                link.compare = True
+                self._schedule_locked(link, max(now, link.retry_at))
+
+    def swept(self, addresses, seeds, now):
+        """Send a heartbeat to those addresses now, and resolve the names of those seeds."""
+        with self._changed:
+            for address in addresses:
+                link = self._link_locked(address)
+                link.compare = True
+                self._schedule_locked(link, now)
+            for name in seeds:
+                self._schedule_locked(self._seed_links.setdefault(name, _Link(name, is_seed=True)), now)
+        self._follow_membership(now)
+
+    def _follow_membership(self, now):
+        """Choose whom to push to, and close the links of who is gone."""
+        addresses = dict.fromkeys(address for _, address in self._table.active())
+        with self._changed:
+            kept = [link.address for link in self._pushed if link.address in addresses]
+            others = [address for address in addresses if address not in kept]
+            others = self._rng.sample(others, min(len(others), self._pushed_to - len(kept)))
+            self._pushed = [self._link_locked(address) for address in kept + others]
+            for link in list(self._links.values()):
+                if link.address not in addresses and link not in self._pending and now - link.started > LINK_IDLE_S:
+                    del self._links[link.address]
+
+    def _link_locked(self, address):
+        link = self._links.get(address)
+        if link is None:
+            link = self._links[address] = _Link(address)
+        return link
+
+    def _schedule_locked(self, link, at):
+        if at < link.due:
+            link.due = at
+            self._pending[link] = None
+            self._changed.notify()
+
+    def _schedule_push_locked(self, link, now):
+        # The more peers, the longer the pauses: the cost of pushing stays what it is.
+        pacing_s = PACING_S * len(self._pushed)
+        self._schedule_locked(link, max(now, link.started + pacing_s, link.retry_at))
+
+    # A send, from its being due to its end.
+
+    def take(self, now):
+        """Return a link that is due, now in flight, or None."""
+        with self._changed:
+            return self._take_locked(now)
+
+    def next_link(self, clock):
+        """Wait until a link is due and return it, now in flight; None once closed."""
+        with self._changed:
+            while not self._closed:
+                now = clock()
+                link = self._take_locked(now)
+                if link:
+                    return link
+                # A link that is due but was not taken waits for the end of another send.
+                due = min((link.due for link in self._pending if link.due > now), default=None)
+                self._changed.wait(None if due is None or due == NEVER else due - now)
+        return None
+
+    def close(self):
+        """Let everyone go who waits for a link, now and from now on."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _take_locked(self, now):
+        due = [link for link in self._pending if link.due <= now and not link.in_flight]
+        if sum(link.in_flight and link.failures > 0 for link in self._pending) >= self._doubtful_max:
+            due = [link for link in due if not link.failures]
+        if not due:
+            return None
+        link = min(due, key=lambda link: (link.failures > 0, link.due))
+        link.in_flight, link.due, link.started = True, NEVER, now
+        self._touched = False
+        return link
+
+    def request(self, link):
+        """Return the Message to send over a link in flight; None if there is nothing to say."""
+        sender, view = self._table.describe()
+        vector, replica = self._counter.vector(), self._counter.replica
+        with self._changed:
+            known, agreed = link.confirmed, link.agreed
+            compare, link.compare = link.compare or known is None, False
+        if compare:
+            deltas = self._counter.deltas(known, DELTAS_MAX) if known is not None else []
+            hash = vector_hash(vector) if agreed and len(vector) > VECTOR_SHORT else None
+            return Message(sender, view, vector, hash, None, deltas)
+        delta = self._counter.delta(replica, known.get(replica, 0))
+        return Message(sender, view, None, None, None, [delta]) if delta else None
+
+    def answered(self, link, request, answer, now):
+        """Take in the answer to a request that was sent over a link; the link is free again."""
+        contact, changes = self._table.heard(answer.sender, answer.view, now, answered_at=link.address)
+        merged = self._merge(answer)
+        mine, replica = self._counter.vector(), self._counter.replica
+        with self._changed:
+            recovered, link.failures, link.retry_at = link.failures > 0, 0, -NEVER
+            link.told_leaving = request.sender.leaving
+            before = link.confirmed if link.peer == answer.sender.id else None
+            link.peer = answer.sender.id
+            link.confirmed = self._confirmed(before, request, answer)
+            if request.applied is not None:
+                link.agreed = link.confirmed == request.applied
+                self._caught_up = self._caught_up or (link.peer != replica and not lacks(mine, link.confirmed))
+            self._release_locked(link)
+            if link.peer != replica:
+                news = merged or link.confirmed != before or request.hash is not None
+                self._follow_up_locked(link, request, mine, replica, news, now)
+            self._changed.notify_all()
+        if recovered:
+            log.info("recovered: addr=%s", link.address)
+        self._membership_changed(contact, changes, now)
+
+    @staticmethod
+    def _confirmed(before, request, answer):
+        """Return the vector that an answer confirms: it replaces what was known before."""
+        if answer.hash is not None:
+            return request.applied  # it holds just that
+        if answer.applied is not None:
+            return answer.applied
+        return before if before is None else {**before, **(answer.confirms or {})}
+
+    def _follow_up_locked(self, link, request, mine, replica, news, now):
+        """Make a link due again if its answer showed that one side still lacks something."""
+        confirmed = link.confirmed
+        if confirmed is None:
+            link.compare = True
+        elif request.applied is not None and news:
+            # Compared with what was held as the request was cut: of what arrived since, its
+            # own node tells the peer.  Without news the next heartbeat is soon enough.
+            link.compare = link.compare or lacks(mine, confirmed) or lacks(confirmed, request.applied)
+        if link.compare or (link in self._pushed and confirmed.get(replica, 0) < mine.get(replica, 0)):
+            self._schedule_push_locked(link, now)
+        elif link.due != NEVER:  # it has confirmed already what it was to be told
+            link.due = NEVER
+            self._pending.pop(link, None)
+
+    def failed(self, link, error, now):
+        """Take note that a send came to nothing; the link is free again."""
+        with self._changed:
+            link.failures += 1
+            failures = link.failures
+            link.retry_at = now + backoff_s(failures, self._backoff_s, self._backoff_max_s, self._rng)
+            link.compare, link.due = True, NEVER
+            self._release_locked(link)
+            if link in self._pushed:  # others are tried again by the sweeps alone
+                self._schedule_locked(link, link.retry_at)
+            self._changed.notify_all()
+        # A peer that stays down is one line, not one per try.
+        log.log(logging.WARNING if failures == 1 else logging.DEBUG, "retrying: addr=%s error=%s", link.address, _cause(error))
+
+    def released(self, link):
+        """Take note that there was nothing to send; the link is free again."""
+        with self._changed:
+            link.failures = 0
+            self._release_locked(link)
+
+    def _release_locked(self, link):
+        link.in_flight = False
+        if link.due == NEVER:
+            self._pending.pop(link, None)
+
+    # What others send.
+
+    def receive(self, message, now):
+        """Take in what a peer sent by itself; return the answer to it, a Message."""
+        contact, changes = self._table.heard(message.sender, message.view, now)
+        self._merge(message)
+        mine = self._counter.vector()
+        with self._changed:
+            link = self._links.get(message.sender.address)
+            if link:
+                link.retry_at = -NEVER  # whoever sends can be reached again, most likely
+                if message.applied is not None and link.peer == message.sender.id:
+                    link.confirmed = message.applied
+        self._membership_changed(contact, changes, now)
+        sender, view = self._table.describe()
+        confirms = {delta.replica: mine.get(delta.replica, 0) for delta in message.deltas} or None
+        if message.applied is not None:
+            # What it counts itself it knows best.
+            known = {**message.applied, message.sender.id: SEQUENCE_MAX}
+            deltas, agreed = self._counter.deltas(known, DELTAS_MAX), message.applied == mine
+        elif message.hash is not None:
+            deltas, agreed = [], message.hash == vector_hash(mine)
+        else:
+            return Message(sender, view, None, None, confirms, [])
+        hash = vector_hash(mine) if agreed and len(mine) > VECTOR_SHORT else None
+        return Message(sender, view, mine, hash, confirms, deltas)
+
+    def _merge(self, message):
+        """Merge the deltas of a message; return whether anything was new."""
+        merged = [self._counter.merge(delta) for delta in message.deltas]
+        fresh = new_replica()
+        if message.applied and self._counter.renew_if_cloned(message.applied, fresh):
+            log.error("replica id used twice, was this machine cloned? new id=%s", fresh)
+            self._table.rename(fresh)
+        return any(merged)
+
+    def _membership_changed(self, contact, changes, now):
+        if contact:
+            self.contact(contact, now)
+        if changes:
+            log_changes(changes)
+            self._follow_membership(now)
+
+    # What others ask.
+
+    def unconfirmed(self):
+        """Return {address: number of increments held here that it has yet to confirm}."""
+        mine = self._counter.vector()
+        with self._changed:
+            links = [(link.address, link.peer, link.confirmed or {}) for link in self._links.values()]
+        return {
+            address: sum(max(0, mine[replica] - confirmed.get(replica, 0)) for replica in mine if replica != peer)
+            for address, peer, confirmed in links
+        }
+
+    def drain(self, clock, timeout_s):
+        """Tell all active peers everything and that this node leaves; return whether all confirmed."""
+        self._table.leave()
+        addresses = [address for _, address in self._table.active()]
+        self.swept(addresses, [], clock())
+        deadline = clock() + timeout_s
+        while True:
+            mine = self._counter.vector()
+            with self._changed:
+                links = map(self._link_locked, addresses)
+                if all(link.told_leaving and not lacks(link.confirmed or {}, mine) for link in links):
+                    return True
+                if not self._changed.wait(deadline - clock()):
+                    return False
+
+
+class Replicator:
+    """The retry worker pool: threads that send what Gossip says, each to one peer at a time."""
+
+    def __init__(self, gossip, table, port, workers, peer_timeout_s, clock=time.monotonic):
+        self._gossip, self._table, self._port, self._clock = gossip, table, port, clock
+        # A peer that is stopped still accepts connections.  It is to hold a worker for less
+        # than the time in which it is given up.
+        self._timeouts_s = (CONNECT_TIMEOUT_S, max(1.0, peer_timeout_s / 2))
+        self._threads = [
+            threading.Thread(target=self._work, name=f"retry-worker-{number}", daemon=True)
+            for number in range(workers)
+        ]
+
+    def start(self):
+        for thread in self._threads:
+            thread.start()
+
+    def wake(self):
+        """Send on what was just counted."""
+        self._gossip.touch(self._clock())
+
+    def contact(self, addresses, seeds):
+        """Send heartbeats to addresses and look up seeds: what a sweep asks for."""
+        self._gossip.swept(addresses, seeds, self._clock())
+
+    def stop(self, timeout_s):
+        """Ask the threads to end, wait for them, and return whether all did."""
+        self._gossip.close()
+        deadline = self._clock() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - self._clock()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _work(self):
+        while link := self._gossip.next_link(self._clock):
+            try:
+                if link.is_seed:
+                    self._resolve(link)
+                else:
+                    self._exchange(link)
+            except Exception as error:  # a worker that dies would end replication in silence
+                log.exception("sending failed: addr=%s", link.address)
+                self._gossip.failed(link, error, self._clock())
+
+    def _resolve(self, link):
+        """Look up the addresses of a seed, all of them, each time anew, and contact them."""
+        host, port = split_address(link.address)
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            self._gossip.failed(link, error, self._clock())
+            return
+        addresses = list(dict.fromkeys(join_address(info[4][0], port) for info in found))
+        self._gossip.released(link)
+        self._gossip.contact(self._table.resolved(link.address, addresses), self._clock())
+
+    def _exchange(self, link):
+        try:
+            if self._table.address is None:
+                self._table.advertise(join_address(_local_host_towards(link.address), self._port))
+            request = self._gossip.request(link)
+            if request is None:
+                self._gossip.released(link)
+                return
+            answer = decode(self._post(link, encode(request)))
+        except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:
+            self._gossip.failed(link, error, self._clock())
+        else:
+            self._gossip.answered(link, request, answer, self._clock())
+
+    def _post(self, link, body):
+        """Return the body of the answer; OSError, HTTPError or ValueError if there is no good one."""
+        if link.session is None:
+            link.session = _new_session()
+        deadline = self._clock() + ANSWER_TIMEOUT_S
+        url = f"http://{link.address}{PATH}"
+        with link.session.post(url, body, timeout=self._timeouts_s, stream=True, allow_redirects=False) as response:
+            answer = bytearray()
+            while chunk := response.raw.read1(2**20):
+                answer += chunk
+                if len(answer) > BODY_MAX or self._clock() > deadline:
+                    raise ValueError("the answer is too long, or takes too long")
+            if response.status_code != 200:
+                raise ValueError(f"answered {response.status_code}: {bytes(answer[:200])!r}")
+            return answer
+
+
+def _new_session():
+    session = requests.Session()
+    session.trust_env = False  # no proxy between nodes, whatever the environment says
+    session.headers = {"Content-Type": "application/json"}
+    session.mount("http://", HTTPAdapter(max_retries=QUICK_TRIES, pool_connections=1, pool_maxsize=1))
+    return session
+
+
+def _local_host_towards(address):
+    """Return the address of this machine that faces another; nothing is sent for it."""
+    family, kind, protocol, _, target = socket.getaddrinfo(*split_address(address), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(target)
+        return probe.getsockname()[0]

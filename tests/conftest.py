@@ -1,0 +1,127 @@
+"""What several test files share: nodes as real processes, and waiting for conditions."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parent.parent
+FAST = ("--heartbeat-interval", "0.2", "--peer-timeout", "1.5")  # seconds; a cluster that tests can wait for
+
+
+def wait_until(condition, timeout_s=15.0):
+    """Return the first true value of condition(); AssertionError if there is none in time."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {condition.__doc__ or condition}"
+        time.sleep(0.01)  # polling another process: there is no event to wait for
+    return value
+
+
+class Answer:
+    def __init__(self, response):
+        self.status, self.headers = response.status, response.headers
+        self.body = response.read()
+
+    def json(self):
+        return json.loads(self.body)
+
+
+class NodeProcess:
+    """A node as a user starts it, on a free port unless one is given."""
+
+    def __init__(self, *arguments, port=0, peers=()):
+        seeds = ["--peers", ",".join(peer.address for peer in peers)] if peers else []
+        command = [sys.executable, "counter_server.py", "--port", str(port), *FAST, *seeds, *map(str, arguments)]
+        self.log = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.DEVNULL, stderr=self.log)
+        self.port = int(wait_until(lambda: self._listening())[1])
+        self.address = f"127.0.0.1:{self.port}"
+
+    def _listening(self):
+        assert self.process.poll() is None, self.stderr()
+        return re.search(r"listening: addr=\S+:(\d+)", self.stderr())
+
+    def stderr(self):
+        return os.pread(self.log.fileno(), 2**20, 0).decode()
+
+    def ask(self, method, path, body=None, headers=None):
+        """Return the Answer to one request; OSError or HTTPException if there is none."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers or {})
+            return Answer(connection.getresponse())
+
+    def get(self, path):
+        return self.ask("GET", path).json()
+
+    def increment(self, path="/increment", **options):
+        answer = self.ask("POST", path, **options)
+        assert answer.status == 200, answer.body
+        return answer.json()
+
+    def count(self, name="default"):
+        return self.get(f"/count/{name}")["count"]
+
+    def peers(self, state="active"):
+        """Return the addresses of the peers in that state."""
+        return {peer["address"] for peer in self.get("/peers")["peers"] if peer["state"] == state}
+
+    def send_signal(self, number):
+        self.process.send_signal(number)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self, timeout_s=15):
+        """Stop it as an operator does; return the exit status."""
+        self.process.terminate()
+        return self.process.wait(timeout_s)
+
+
+@pytest.fixture
+def start_node():
+    """Start nodes by calling it as NodeProcess; afterwards they end, and none has printed a traceback."""
+    nodes = []
+
+    def start(*arguments, **options):
+        nodes.append(NodeProcess(*arguments, **options))
+        return nodes[-1]
+
+    yield start
+    for node in nodes:
+        if node.process.poll() is None:
+            node.send_signal(signal.SIGCONT)
+            node.process.terminate()
+    for node in nodes:
+        try:
+            node.process.wait(10)
+        except subprocess.TimeoutExpired:
+            node.kill()
+            raise
+        with node.log:
+            assert "Traceback" not in node.stderr()
+
+
+@pytest.fixture
+def start_cluster(start_node):
+    """Start a number of nodes, each joining through the one before, that all know each other."""
+
+    def start(size, *arguments):
+        nodes = []
+        for _ in range(size):
+            nodes.append(start_node(*arguments, peers=nodes[-1:]))
+        wait_until(lambda: all(len(node.peers()) == size - 1 for node in nodes))
+        return nodes
+
+    return start
