@@ -96,7 +96,7 @@ def decode(body):
         fields = json.loads(body)
         sender = Sender(**fields.pop("from"))
         view = View(**fields.pop("view", {"peers": [], "left": []}))
-        deltas = [Delta(**delta) for delta in fields.pop("deltas", [])]
+        deltas = [Delta(**delta) for delta in _list(fields.pop("deltas", []))]
         message = Message(sender, view, *map(fields.pop, ("applied", "hash", "confirms"), (None,) * 3), deltas)
         _require(not fields, "an unknown field")
         return _checked(message)
@@ -109,6 +109,11 @@ def _require(condition, what):
         raise ValueError(f"not a gossip message: {what}")
 
 
+def _list(value):
+    _require(type(value) is list, "a list")
+    return value
+
+
 def _is_int(value, least, most):
     return type(value) is int and least <= value <= most
 
@@ -119,15 +124,15 @@ def _checked(message):
     _require(REPLICA.match(sender.id) and type(sender.leaving) is bool, "its sender")
     _require(_is_int(sender.beat, 0, BEAT_MAX), "a beat")
     sender = sender._replace(address=sender.address and parse_address(sender.address))
-    peers = [(id, parse_address(address), beat) for id, address, beat in view.peers]
+    peers = [(id, parse_address(address), beat) for id, address, beat in _list(view.peers)]
     _require(all(REPLICA.match(id) and _is_int(beat, 0, BEAT_MAX) for id, _, beat in peers), "its view")
-    _require(all(map(REPLICA.match, view.left)), "its view")
-    for vector in (applied or {}, confirms or {}):
-        for replica, sequence in vector.items():
+    _require(all(map(REPLICA.match, _list(view.left))), "its view")
+    for vector in (applied, confirms):
+        for replica, sequence in vector.items() if vector is not None else ():
             _require(REPLICA.match(replica) and _is_int(sequence, 0, SEQUENCE_MAX), "a vector")
     _require(hash is None or type(hash) is str, "a hash")
     deltas = [_checked_delta(delta) for delta in deltas]
-    return Message(sender, View(peers, list(view.left)), applied, hash, confirms, deltas)
+    return Message(sender, View(peers, view.left), applied, hash, confirms, deltas)
 
 
 def _checked_delta(delta):
@@ -268,10 +273,18 @@ class Gossip:
                 link = self._take_locked(now)
                 if link:
                     return link
-                # A link that is due but was not taken waits for the end of another send.
-                due = min((link.due for link in self._pending if link.due > now), default=None)
-                self._changed.wait(None if due is None or due == NEVER else due - now)
+                due = self._next_due_locked(now)
+                self._changed.wait(None if due == NEVER else due - now)
         return None
+
+    def next_due(self, now):
+        """Return when the next link becomes due after `now`; NEVER if none does by itself."""
+        with self._changed:
+            return self._next_due_locked(now)
+
+    def _next_due_locked(self, now):
+        # A link that is due but was not taken waits for the end of another send.
+        return min((link.due for link in self._pending if link.due > now), default=NEVER)
 
     def close(self):
         """Let everyone go who waits for a link, now and from now on."""

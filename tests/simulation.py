@@ -1,0 +1,166 @@
+"""A cluster in one thread: the real Counter, PeerTable and Gossip over a bad network.
+
+Time, delays, losses and crashes all come from one seeded generator, so a schedule that fails can
+be run again by its seed.
+"""
+
+import heapq
+import itertools
+import random
+
+from counter import Counter, new_replica
+from peers import PeerTable
+from replication import Gossip, decode, encode
+
+INTERVAL_S, TIMEOUT_S = 1.0, 5.0  # the defaults of the command line
+READ_TIMEOUT_S = 1.0
+
+
+class SimulatedNode:
+    """One process life: what Node wires together, without threads and sockets."""
+
+    def __init__(self, network, address, seeds):
+        rng = network.rng
+        self.network, self.address = network, address
+        self.alive, self.paused_until = True, 0.0
+        self.counter = Counter(new_replica(rng.getrandbits))
+        self.table = PeerTable(self.counter.replica, address, seeds, INTERVAL_S, TIMEOUT_S, fanout=8, rng=rng)
+        self.gossip = Gossip(self.counter, self.table, 0.1, 10.0, pushed_to=8, doubtful_max=2, rng=rng)
+        network.at(network.now, self, self.sweep)
+
+    def increment(self, name, amount):
+        replica, sequence, _ = self.counter.increment(name, amount)
+        self.network.log[replica, sequence] = (name, amount)
+        self.gossip.touch(self.network.now)
+
+    def sweep(self):
+        now = self.network.now
+        sweep = self.table.sweep(now)
+        self.gossip.swept(sweep.contact, sweep.seeds, now)
+        self.network.at(now + INTERVAL_S, self, self.sweep)
+
+    def send(self):
+        """Send all that is due, as the workers would."""
+        now = self.network.now
+        while link := self.gossip.take(now):
+            if link.is_seed:
+                self.gossip.released(link)
+                self.gossip.contact(self.table.resolved(link.address, [link.address]), now)
+            elif request := self.gossip.request(link):
+                self.network.exchange(self, link, request)
+            else:
+                self.gossip.released(link)
+        if (due := self.gossip.next_due(now)) < float("inf"):
+            self.network.at(due, self, lambda: None)
+
+
+class Network:
+    """Carries messages between nodes: late, out of order, twice or not at all."""
+
+    def __init__(self, seed, loss=0.1, repeat=0.1, delay_s=0.05):
+        self.rng = random.Random(seed)
+        self.loss, self.repeat, self.delay_s = loss, repeat, delay_s
+        self.now = 0.0
+        self.nodes = {}  # address -> SimulatedNode
+        self.cut = set()  # pairs of addresses between which nothing passes
+        self.log = {}  # (replica, sequence) -> (name, amount): all increments there ever were
+        self._events, self._tie = [], itertools.count()
+
+    def start(self, address, seeds=()):
+        self.nodes[address] = SimulatedNode(self, address, seeds)
+        return self.nodes[address]
+
+    def crash(self, address):
+        self.nodes[address].alive = False
+
+    def split(self, *groups):
+        """Cut all links between nodes of different groups."""
+        self.cut = {(a, b) for one, other in itertools.permutations(groups, 2) for a in one for b in other}
+
+    def at(self, time, node, action):
+        heapq.heappush(self._events, (time, next(self._tie), node, action))
+
+    def run(self, seconds):
+        """Let that much time pass."""
+        end = self.now + seconds
+        while self._events and self._events[0][0] <= end:
+            time, _, node, action = heapq.heappop(self._events)
+            self.now = max(self.now, time)
+            if not node.alive:
+                continue
+            if self.now < node.paused_until:
+                self.at(node.paused_until, node, action)
+                continue
+            action()
+            node.send()
+        self.now = end
+
+    def run_until(self, condition, seconds):
+        """Return whether the condition came true within that time."""
+        deadline = self.now + seconds
+        while not condition() and self.now < deadline:
+            self.run(0.1)
+        return condition()
+
+    def exchange(self, sender, link, request):
+        """Carry a request and its answer; whatever is lost ends in a failure at the sender."""
+        pending = [True]
+        body = encode(request)
+
+        def fail():
+            if pending:
+                pending.clear()
+                sender.gossip.failed(link, OSError("lost"), self.now)
+
+        def answered(answer):
+            if pending:
+                pending.clear()
+                sender.gossip.answered(link, request, decode(answer), self.now)
+
+        def arrive(receiver):
+            answer = encode(receiver.gossip.receive(decode(body), self.now))
+            for delay_s in self._deliveries(receiver.address, sender.address):
+                self.at(self.now + delay_s, sender, lambda: answered(answer))
+
+        self.at(self.now + READ_TIMEOUT_S, sender, fail)
+        for delay_s in self._deliveries(sender.address, link.address):
+            receiver = self.nodes.get(link.address)
+            if receiver:
+                self.at(self.now + delay_s, receiver, lambda: arrive(receiver))
+
+    def _deliveries(self, sender, receiver):
+        """Return after how long a message arrives, once for every time it does."""
+        if (sender, receiver) in self.cut or self.rng.random() < self.loss:
+            return []
+        copies = 2 if self.rng.random() < self.repeat else 1
+        return [self.rng.expovariate(1 / self.delay_s) for _ in range(copies)]
+
+    def alive(self):
+        return [node for node in self.nodes.values() if node.alive]
+
+    def converged(self):
+        """Return whether all nodes hold the same, and know of each other."""
+        nodes = self.alive()
+        return all(node.counter.vector() == nodes[0].counter.vector() for node in nodes) and all(
+            len(node.table.active()) == len(nodes) - 1 for node in nodes
+        )
+
+    def check(self):
+        """Assert at every node that it holds exact prefixes, and values that follow from them."""
+        for node in self.alive():
+            check_prefixes(node.counter, self.log)
+
+
+def check_prefixes(counter, log):
+    """Assert that a counter holds of each replica exactly what the log says up to its sequence."""
+    vector, values = counter.vector(), {}
+    held = {delta.replica: delta for delta in counter.deltas({}, float("inf"))}
+    assert held.keys() == vector.keys()
+    for replica, through in vector.items():
+        totals = {}
+        for sequence in range(1, through + 1):
+            name, amount = log[replica, sequence]
+            totals[name] = (sequence, totals.get(name, (0, 0))[1] + amount)
+            values[name] = values.get(name, 0) + amount
+        assert held[replica] == (replica, 0, through, totals)
+    assert all(counter.value(name) == value for name, value in values.items())

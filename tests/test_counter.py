@@ -1,0 +1,277 @@
+"""The replicated counter by itself: ids, deltas, merging, waiting, races."""
+
+import random
+import sys
+import threading
+import uuid
+
+import pytest
+from conftest import wait_until
+
+from counter import (
+    AMOUNT_MAX,
+    NAME,
+    REPLICA,
+    SEQUENCE_MAX,
+    Counter,
+    Delta,
+    increment_id,
+    new_replica,
+    parse_increment_id,
+)
+
+A, B, C = (f"{letter * 8}-{letter * 4}-8{letter * 3}" for letter in "abc")
+
+
+@pytest.fixture
+def tiny_switch_interval():
+    """Let threads be interrupted nearly everywhere."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def copy(counter, replica=C):
+    """Return a new Counter that holds the same."""
+    other = Counter(replica)
+    for delta in counter.deltas({}, 10**9):
+        assert other.merge(delta)
+    return other
+
+
+def test_replica_ids_are_random_and_well_formed():
+    ids = {new_replica() for _ in range(1000)}
+    assert len(ids) == 1000
+    assert all(REPLICA.match(id) for id in ids)
+
+
+@pytest.mark.parametrize("sequence", [1, 2, 0xFFFF, 2**48 - 1, 2**48, SEQUENCE_MAX])
+def test_an_increment_id_is_a_uuid8_and_gives_its_dot_back(sequence):
+    id = increment_id(A, sequence)
+    assert uuid.UUID(id).variant == uuid.RFC_4122
+    assert uuid.UUID(id).version == 8
+    assert parse_increment_id(id) == parse_increment_id(id.upper()) == (A, sequence)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        str(uuid.UUID(int=0)),
+        "aaaaaaaa-aaaa-4aaa-8000-000000000001",  # version 4
+        "aaaaaaaa-aaaa-8aaa-c000-000000000001",  # another variant
+        "aaaaaaaa-aaaa-8aaa-0000-000000000001",
+        "aaaaaaaa-aaaa-8aaa-8000-000000000000",  # no sequence is 0
+        "aaaaaaaaaaaa8aaa8000000000000001",
+        "{aaaaaaaa-aaaa-8aaa-8000-000000000001}",
+        "aaaaaaaa-aaaa-8aaa-8000-000000000001\n",
+    ],
+)
+def test_anything_else_is_no_increment_id(text):
+    with pytest.raises(ValueError, match="no increment id"):
+        parse_increment_id(text)
+
+
+@pytest.mark.parametrize("name", ["a", "default", "A-z_0.9:x", "...", "a" * 128])
+def test_good_names(name):
+    assert NAME.match(name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a b", "a/b", "ä", "a\n", "a" * 129])
+def test_bad_names(name):
+    assert not NAME.match(name)
+
+
+def test_increments_are_numbered_and_summed():
+    counter = Counter(A)
+    assert counter.increment("x") == (A, 1, 1)
+    assert counter.increment("x", -5) == (A, 2, -4)
+    assert counter.increment("y", AMOUNT_MAX) == (A, 3, AMOUNT_MAX)
+    assert [counter.value(name) for name in "xyz"] == [-4, AMOUNT_MAX, 0]
+    assert counter.vector() == {A: 3}
+    assert counter.holds(A, 3)
+    assert not counter.holds(A, 4)
+    assert not counter.holds(B, 1)
+
+
+def test_a_new_replica_is_in_no_vector_before_it_counts():
+    counter = Counter(A)
+    assert counter.vector() == {}
+    assert counter.deltas({}, 10**6) == []
+    assert counter.delta(A, 0) is None
+
+
+def test_many_increments_of_one_counter_are_one_entry():
+    counter = Counter(A)
+    for _ in range(10_000):
+        counter.increment("x")
+    assert counter.delta(A, 0) == (A, 0, 10_000, {"x": (10_000, 10_000)})
+
+
+def test_a_delta_has_what_changed_since_and_nothing_else():
+    counter = Counter(A)
+    for name in "abcab":
+        counter.increment(name)
+    assert counter.delta(A, 3) == (A, 3, 5, {"a": (4, 2), "b": (5, 2)})
+    assert counter.delta(A, 5) is None
+    assert counter.deltas({A: 5}, 10**6) == []
+
+
+def test_deltas_of_several_replicas_fill_a_message_but_none_is_split():
+    counter = Counter(A)
+    for number in range(100):
+        counter.increment(f"counter-{number}")
+    counter.merge(Delta(B, 0, 1, {"x": (1, 1)}))
+    (first,) = counter.deltas({}, 1)
+    assert len(first.totals) == 100
+    assert len(counter.deltas({}, 10**6)) == 2
+
+
+def test_merging_a_delta_again_changes_nothing():
+    counter, delta = Counter(A), Delta(B, 0, 3, {"x": (2, 7), "y": (3, -1)})
+    assert counter.merge(delta)
+    assert not counter.merge(delta)
+    assert (counter.value("x"), counter.value("y"), counter.vector()) == (7, -1, {B: 3})
+
+
+def test_an_old_delta_is_ignored():
+    counter = Counter(A)
+    counter.merge(Delta(B, 0, 3, {"x": (3, 7)}))
+    assert not counter.merge(Delta(B, 0, 2, {"x": (2, 4)}))
+    assert counter.value("x") == 7
+
+
+def test_a_delta_behind_a_gap_is_refused_whole():
+    counter = Counter(A)
+    assert not counter.merge(Delta(B, 1, 3, {"x": (2, 7), "y": (3, -1)}))
+    assert (counter.vector(), counter.value("x"), counter.value("y")) == ({}, 0, 0)
+
+
+def test_a_delta_that_overlaps_what_is_held_adds_only_the_rest():
+    counter = Counter(A)
+    counter.merge(Delta(B, 0, 2, {"x": (1, 1), "y": (2, 10)}))
+    assert counter.merge(Delta(B, 0, 4, {"y": (2, 10), "x": (3, 2), "z": (4, 5)}))
+    assert [counter.value(name) for name in "xyz"] == [2, 10, 5]
+
+
+def test_entries_stay_in_order_when_a_delta_lists_them_in_another():
+    """Cutting stops at the first old entry, so one out of its place would be lost for ever."""
+    counter = Counter(A)
+    counter.merge(Delta(B, 0, 4, {"d": (4, 1), "a": (1, 1), "c": (3, 1), "b": (2, 1)}))
+    assert counter.delta(B, 2).totals == {"c": (3, 1), "d": (4, 1)}
+    assert copy(counter).delta(B, 1).totals == {"b": (2, 1), "c": (3, 1), "d": (4, 1)}
+
+
+def test_nothing_is_taken_over_of_the_own_replica():
+    counter = Counter(A)
+    counter.increment("x")
+    assert not counter.merge(Delta(A, 0, 9, {"x": (9, 9)}))
+    assert counter.value("x") == 1
+
+
+def test_any_node_passes_on_what_a_dead_one_counted():
+    first = Counter(A)
+    first.increment("x", 3)
+    assert copy(copy(first, B), C).value("x") == 3
+
+
+def test_a_vector_that_was_handed_out_does_not_change():
+    counter = Counter(A)
+    counter.increment("x")
+    before = counter.vector()
+    counter.increment("x")
+    assert (before, counter.vector()) == ({A: 1}, {A: 2})
+
+
+def test_a_cloned_machine_goes_on_under_a_new_id():
+    """Whoever sees more of its own replica than it counted shares its id, and gives it up."""
+    counter = Counter(A)
+    counter.increment("x", 2)
+    assert not counter.renew_if_cloned({A: 1, B: 99}, B)
+    assert counter.renew_if_cloned({A: 2 + 1}, B)
+    assert counter.increment("x") == (B, 1, 3)
+    assert counter.merge(Delta(A, 1, 3, {"x": (3, 5)}))
+    assert counter.value("x") == 6
+
+
+def test_waiting_ends_when_the_increment_arrives():
+    counter, held = Counter(A), []
+
+    def wait(sequence):
+        held.append(counter.wait_until_held(B, sequence, 20))
+
+    threads = [threading.Thread(target=wait, args=(sequence,)) for sequence in (1, 2, 2)]
+    for thread in threads:
+        thread.start()
+    counter.merge(Delta(B, 0, 2, {"x": (2, 2)}))
+    for thread in threads:
+        thread.join(20)
+    assert held == [True] * 3
+    assert counter.wait_until_held(B, 2, 0)
+
+
+def test_waiting_ends_with_its_timeout_or_when_told_to_stop():
+    counter = Counter(A)
+    assert not counter.wait_until_held(B, 1, 0)
+    thread = threading.Thread(target=counter.wait_until_held, args=(B, 1, 60))
+    thread.start()
+
+    def ended():
+        counter.stop_waiting()
+        return not thread.is_alive()
+
+    wait_until(ended)
+
+
+def test_threads_that_increment_at_once_lose_nothing(tiny_switch_interval):
+    counter, results = Counter(A), [[] for _ in range(8)]
+
+    def work(mine, name):
+        for _ in range(500):
+            mine.append(counter.increment(name))
+
+    threads = [threading.Thread(target=work, args=(results[n], "xy"[n % 2])) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(sequence for mine in results for _, sequence, _ in mine) == list(range(1, 4001))
+    assert counter.delta(A, 0).totals.keys() == {"x", "y"}
+    assert (counter.value("x"), counter.value("y"), counter.vector()) == (2000, 2000, {A: 4000})
+
+
+def test_threads_that_merge_and_increment_at_once_agree(tiny_switch_interval):
+    """Three counters exchange deltas from many threads while they count; all end up exact."""
+    counters = [Counter(A), Counter(B), Counter(C)]
+    errors = []
+
+    def count(counter):
+        for number in range(300):
+            counter.increment("xyz"[number % 3], 1 + number % 2)
+
+    def exchange(seed):
+        rng = random.Random(seed)
+        try:
+            for _ in range(300):
+                sender, receiver = rng.sample(counters, 2)
+                for delta in sender.deltas(receiver.vector(), rng.choice((1, 10**6))):
+                    assert delta.through == max(sequence for sequence, _ in delta.totals.values())
+                    receiver.merge(delta)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=count, args=(counter,)) for counter in counters * 2]
+    threads += [threading.Thread(target=exchange, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for sender in counters * 2:
+        for receiver in counters:
+            for delta in sender.deltas(receiver.vector(), 10**6):
+                receiver.merge(delta)
+    assert not errors
+    assert all(counter.vector() == {A: 600, B: 600, C: 600} for counter in counters)
+    assert all([counter.value(name) for name in "xyz"] == [900, 900, 900] for counter in counters)

@@ -1,0 +1,305 @@
+"""The peer table on a hand-driven clock, and the thread that sweeps it."""
+
+import random
+import threading
+
+import pytest
+
+from peers import ACTIVE, LOST, Change, Heartbeat, PeerTable, Sender, View, join_address, parse_address, split_address
+
+ME, A, B, C = (f"{letter * 8}-{letter * 4}-8{letter * 3}" for letter in "fabc")
+AT_ME, AT_A, AT_B, AT_C = (f"10.0.0.{number}:80" for number in range(4))
+NOBODY = View([], [])
+INTERVAL_S, TIMEOUT_S = 1, 5
+
+
+@pytest.fixture
+def table():
+    return new_table()
+
+
+def new_table(seeds=(), fanout=8):
+    return PeerTable(ME, AT_ME, seeds, INTERVAL_S, TIMEOUT_S, fanout, random.Random(1))
+
+
+def says(id, address, beat, leaving=False):
+    return Sender(id, address, beat, leaving)
+
+
+def answer(table, id, address, beat=1, now=0.0, at=None, view=NOBODY):
+    """Let a peer answer at its address, or at another one."""
+    return table.heard(says(id, address, beat), view, now, answered_at=at or address)
+
+
+def sweep_through(table, start, end):
+    """Sweep once an interval, as the heartbeat does; return all changes."""
+    changes = []
+    for now in range(start, end):
+        changes += table.sweep(float(now)).changes
+    return changes
+
+
+def states(table, now=0.0):
+    return {id: state for id, _, state, _ in table.snapshot(now)}
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("localhost:8080", "localhost:8080"),
+        (" LOCALHOST:08080 ", "localhost:8080"),
+        ("10.0.0.1:1", "10.0.0.1:1"),
+        ("[::1]:65535", "[::1]:65535"),
+        ("[0:0:0:0:0:0:0:1]:80", "[::1]:80"),
+        ("counter-0.counter.default.svc:8080", "counter-0.counter.default.svc:8080"),
+    ],
+)
+def test_an_address_has_one_spelling(text, address):
+    assert parse_address(text) == address
+    assert join_address(*split_address(address)) == address
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "x", ":80", "x:", "x:0", "x:65536", "x:-1", "x:8 0", "::1:80", "[::1]", "[x]:80", "x y:80", "http://x:80", "x:٣"],
+)
+def test_what_is_no_address_is_refused(text):
+    with pytest.raises(ValueError):
+        parse_address(text)
+
+
+def test_a_peer_that_answers_is_active(table):
+    assert answer(table, A, AT_A) == ([], [Change("joined", A, AT_A)])
+    assert table.active() == [(A, AT_A)]
+    assert table.sweep(0.0).contact == [AT_A]
+
+
+def test_a_peer_that_calls_is_active(table):
+    assert table.heard(says(A, AT_A, 1), NOBODY, 0.0) == ([], [Change("joined", A, AT_A)])
+
+
+def test_a_rumour_makes_nobody_active_but_is_looked_into(table):
+    contact, changes = answer(table, A, AT_A, view=View([(B, AT_B, 7)], []))
+    assert contact == [AT_B]
+    assert changes == [Change("joined", A, AT_A)]
+    assert states(table) == {A: ACTIVE}
+    assert table.describe()[1].peers == [(A, AT_A, 1)]
+    assert AT_B in table.sweep(0.0).contact
+    answer(table, B, AT_B)
+    assert states(table) == {A: ACTIVE, B: ACTIVE}
+
+
+def test_a_rumour_nobody_confirms_is_forgotten_and_does_not_come_back(table):
+    answer(table, A, AT_A, view=View([(B, AT_B, 7)], []))
+    for now in range(20):
+        answer(table, A, AT_A, beat=now, now=float(now))
+        table.sweep(float(now))
+    assert AT_B not in table.sweep(20.0).contact
+    assert answer(table, A, AT_A, beat=20, view=View([(B, AT_B, 7)], [])) == ([], [])
+    assert answer(table, A, AT_A, beat=21, view=View([(B, AT_B, 8)], [])) == ([AT_B], [])
+
+
+def test_silence_makes_a_peer_lost_and_an_answer_brings_it_back(table):
+    answer(table, A, AT_A)
+    assert sweep_through(table, 0, TIMEOUT_S + 1) == []
+    assert table.sweep(TIMEOUT_S + 1.0).changes == [Change("lost", A, AT_A)]
+    assert (table.active(), states(table)) == ([], {A: LOST})
+    assert answer(table, A, AT_A, now=7.0) == ([], [Change("back", A, AT_A)])
+    assert states(table) == {A: ACTIVE}
+
+
+@pytest.mark.parametrize("heard", ["answer", "call", "gossip"])
+def test_a_greater_beat_is_a_sign_of_life_however_it_comes(table, heard):
+    answer(table, A, AT_A)
+    answer(table, B, AT_B)
+    for now in range(20):
+        table.sweep(float(now))
+        if heard == "answer":
+            answer(table, A, AT_A, beat=1, now=float(now))
+        elif heard == "call":
+            table.heard(says(A, AT_A, now + 2), NOBODY, float(now))
+        else:
+            answer(table, B, AT_B, now=float(now), view=View([(A, AT_A, now + 2)], []))
+    assert (A, AT_A) in table.active()
+
+
+def test_an_equal_beat_may_be_a_replay_and_proves_nothing(table):
+    answer(table, A, AT_A, beat=3)
+    for now in range(7):
+        table.heard(says(A, AT_A, 3), NOBODY, float(now))
+        table.heard(says(B, AT_B, now + 1), View([(A, AT_A, 3)], []), float(now))
+        table.sweep(float(now))
+    assert states(table, 7.0) == {A: LOST, B: ACTIVE}
+
+
+def test_gossip_about_a_lost_peer_has_it_asked_but_not_believed(table):
+    answer(table, A, AT_A)
+    answer(table, B, AT_B)
+    for now in range(7):
+        answer(table, B, AT_B, now=float(now))
+        table.sweep(float(now))
+    assert answer(table, B, AT_B, now=7.0, view=View([(A, AT_A, 9)], [])) == ([AT_A], [])
+    assert states(table)[A] == LOST
+
+
+def test_lost_peers_are_probed_for_ever_at_intervals_that_grow(table):
+    answer(table, A, AT_A)
+    probes = [now for now in range(1000) if table.sweep(float(now)).contact == [AT_A] and now > TIMEOUT_S]
+    gaps = [after - before for before, after in zip(probes, probes[1:], strict=False)]
+    assert gaps[0] <= 2
+    assert 8 <= min(gaps[10:])
+    assert max(gaps) <= 10
+    assert probes[-1] > 980
+
+
+def test_only_the_latest_lost_peers_are_kept(table):
+    for number in range(100):
+        id = f"{number:08x}-0000-8000"
+        answer(table, id, f"10.1.0.{number}:80", now=number / 1000)
+    sweep_through(table, 0, 8)
+    assert sorted(states(table)) == [f"{number:08x}-0000-8000" for number in range(36, 100)]
+
+
+def test_who_says_leave_is_dropped_at_once_and_for_good(table):
+    answer(table, A, AT_A)
+    assert table.heard(says(A, AT_A, 2, leaving=True), NOBODY, 0.0) == ([], [Change("left", A, AT_A)])
+    assert states(table) == {}
+    assert table.heard(says(A, AT_A, 9), NOBODY, 0.0) == ([], [])
+    assert table.heard(says(B, AT_B, 1), View([(A, AT_A, 9)], []), 0.0)[0] == []
+    assert states(table) == {B: ACTIVE}
+    assert AT_A not in table.sweep(1.0).contact
+
+
+def test_a_departure_is_passed_on_for_a_while(table):
+    answer(table, A, AT_A)
+    answer(table, B, AT_B)
+    assert answer(table, B, AT_B, view=View([], [A]))[1] == [Change("left", A, AT_A)]
+    assert table.describe()[1].left == [A]
+    sweep_through(table, 0, 60)
+    assert table.describe()[1].left == []
+
+
+def test_saying_leave_raises_the_beat(table):
+    before = table.describe()[0]
+    table.leave()
+    sender = table.describe()[0]
+    assert sender.leaving
+    assert sender.beat > before.beat
+
+
+def test_a_new_id_at_a_known_address_is_a_restart(table):
+    answer(table, A, AT_A)
+    assert answer(table, B, AT_A)[1] == [Change("restarted", A, AT_A), Change("joined", B, AT_A)]
+    assert table.active() == [(B, AT_A)]
+    assert table.heard(says(A, AT_A, 99), NOBODY, 0.0) == ([], [])
+
+
+def test_who_only_claims_the_address_of_another_is_asked_there_first(table):
+    answer(table, A, AT_A)
+    assert table.heard(says(B, AT_A, 1), NOBODY, 0.0) == ([AT_A], [])
+    assert table.active() == [(A, AT_A)]
+    answer(table, A, AT_A, beat=2)
+    assert table.active() == [(A, AT_A)]
+
+
+def test_two_addresses_of_one_id_are_one_peer_and_what_it_advertises_wins(table):
+    answer(table, A, AT_A, at="localhost:80")
+    answer(table, A, AT_A, at="[::1]:80")
+    assert table.active() == [(A, AT_A)]
+
+
+def test_without_an_advertised_address_the_one_that_answered_is_taken(table):
+    answer(table, A, None, at=AT_A)
+    assert table.active() == [(A, AT_A)]
+
+
+def test_the_own_id_is_oneself_at_whatever_address():
+    table = new_table(seeds=["localhost:80"])
+    assert table.sweep(0.0).seeds == ["localhost:80"]
+    assert table.resolved("localhost:80", ["127.0.0.1:80", "[::1]:80"]) == ["127.0.0.1:80", "[::1]:80"]
+    assert table.has_foreign_seed()
+    assert answer(table, ME, AT_ME, at="127.0.0.1:80") == ([], [])
+    assert (table.active(), table.has_foreign_seed()) == ([], False)
+    assert table.resolved("localhost:80", ["127.0.0.1:80", "[::1]:80"]) == ["[::1]:80"]
+
+
+def test_the_own_address_is_not_contacted_for_a_rumour(table):
+    assert answer(table, A, AT_A, view=View([(B, AT_ME, 5)], []))[0] == []
+    assert table.sweep(0.0).contact == [AT_A]
+
+
+def test_a_seed_is_tried_until_it_is_met_and_again_once_it_is_lost():
+    table = new_table(seeds=["a:80", "a:80"])
+    table.resolved("a:80", [AT_A])
+    tries = []
+    for now in range(60):
+        if now == 30:
+            answer(table, A, AT_A, now=30.0)
+        tries += [now] * len(table.sweep(float(now)).seeds)
+    assert tries[0] == 0
+    assert 5 < len([now for now in tries if now < 30]) < 15
+    assert not [now for now in tries if 30 <= now <= 35]
+    assert [now for now in tries if now > 35][0] == 36
+
+
+def test_a_late_sweep_accuses_nobody(table):
+    answer(table, A, AT_A)
+    table.sweep(0.0)
+    assert table.sweep(100.0).changes == []
+    assert sweep_through(table, 101, 104) == []
+    assert sweep_through(table, 104, 108) == [Change("lost", A, AT_A)]
+
+
+def test_beyond_the_fanout_a_sweep_picks_peers_at_random():
+    table = new_table(fanout=3)
+    for number in range(20):
+        answer(table, f"{number:08x}-0000-8000", f"10.1.0.{number}:80")
+    picked = [table.sweep(now / 20).contact for now in range(100)]
+    assert {len(contact) for contact in picked} == {3}
+    assert len({address for contact in picked for address in contact}) == 20
+
+
+def test_in_a_large_cluster_a_beat_that_rises_twice_is_enough():
+    table = new_table(fanout=2)
+    for number in range(3):
+        answer(table, f"{number:08x}-0000-8000", f"10.1.0.{number}:80")
+    id = "00000000-0000-8000"
+    answer(table, id, "10.1.0.0:80", beat=2, view=View([(A, AT_A, 5)], []))
+    assert A not in states(table)
+    changes = answer(table, id, "10.1.0.0:80", beat=3, view=View([(A, AT_A, 6)], []))[1]
+    assert changes == [Change("joined", A, AT_A)]
+
+
+def test_a_new_replica_id_of_this_node_is_not_taken_for_a_peer(table):
+    table.rename(C)
+    assert table.describe()[0].id == C
+    assert table.heard(says(B, AT_B, 1), View([(ME, AT_ME, 9)], []), 0.0)[0] == []
+    assert states(table) == {B: ACTIVE}
+
+
+def test_an_address_is_advertised_once():
+    table = PeerTable(ME, None, [], INTERVAL_S, TIMEOUT_S, 8)
+    assert table.describe()[0].address is None
+    table.advertise(AT_A)
+    table.advertise(AT_B)
+    assert table.address == table.describe()[0].address == AT_A
+
+
+def test_the_heartbeat_sweeps_until_it_is_stopped():
+    table, beats, enough = new_table(), [], threading.Event()
+
+    def contact(addresses, seeds):
+        beats.append((addresses, seeds, table.describe()[0].beat))
+        if len(beats) == 3:
+            enough.set()
+            raise RuntimeError("a failure does not end the heartbeats")
+        if len(beats) == 5:
+            more.set()
+
+    more = threading.Event()
+    heartbeat = Heartbeat(table, 0.01, contact)
+    heartbeat.start()
+    assert enough.wait(10)
+    assert more.wait(10)
+    assert heartbeat.stop(10)
+    assert [beat for _, _, beat in beats] == list(range(1, len(beats) + 1))

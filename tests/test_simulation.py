@@ -1,0 +1,153 @@
+"""Whole clusters on a virtual clock, over thousands of random schedules."""
+
+import random
+
+import pytest
+from simulation import TIMEOUT_S, Network, check_prefixes
+
+from counter import Counter, new_replica
+
+ADDRESSES = [f"10.0.0.{number}:8080" for number in range(1, 6)]
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_any_order_of_deltas_leads_to_the_same_exact_prefixes(block):
+    """Deltas lost, repeated, late, and cut too far back or ahead never break an exact prefix."""
+    for seed in range(block * 30, block * 30 + 30):
+        rng = random.Random(seed)
+        counters = [Counter(new_replica(rng.getrandbits)) for _ in range(5)]
+        flying, log = [], {}
+        for _ in range(200):
+            dice = rng.random()
+            if dice < 0.4:
+                name, amount = rng.choice("abcdef"), rng.choice((-3, -1, 1, 2, 5))
+                replica, sequence, _ = rng.choice(counters).increment(name, amount)
+                log[replica, sequence] = (name, amount)
+            elif dice < 0.7:
+                sender, receiver = rng.sample(counters, 2)
+                for replica, held in sender.vector().items():
+                    after = rng.choice((receiver.vector().get(replica, 0), 0, rng.randint(0, held)))
+                    if delta := sender.delta(replica, after):
+                        flying += [(receiver, delta)] * rng.choice((0, 1, 1, 2))
+            else:
+                rng.shuffle(flying)
+                for receiver, delta in flying[:3]:
+                    receiver.merge(delta)
+                del flying[:3]
+        for _ in range(2):
+            for sender in counters:
+                for receiver in counters:
+                    for delta in sender.deltas(receiver.vector(), rng.choice((1, 10**6))):
+                        receiver.merge(delta)
+                    check_prefixes(receiver, log)
+        for sender in counters:
+            for receiver in counters:
+                for delta in sender.deltas(receiver.vector(), 10**6):
+                    receiver.merge(delta)
+        assert all(counter.vector() == counters[0].vector() for counter in counters), seed
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_all_nodes_agree_whatever_the_network_did(seed):
+    """Once the network is whole again, all nodes hold each increment that any live node holds."""
+    network = Network(seed)
+    rng = network.rng
+    for address in ADDRESSES:
+        network.start(address, seeds=rng.sample(ADDRESSES, 2))
+    for _ in range(12):
+        dice = rng.random()
+        if dice < 0.2:
+            shuffled = rng.sample(ADDRESSES, 5)
+            network.split(shuffled[:2], shuffled[2:])
+        elif dice < 0.35:
+            network.cut = set()
+        elif dice < 0.5:
+            victim = rng.choice(network.alive())
+            network.crash(victim.address)
+            network.start(victim.address, seeds=rng.sample(ADDRESSES, 2))
+        elif dice < 0.6:
+            rng.choice(network.alive()).paused_until = network.now + rng.uniform(0, 2 * TIMEOUT_S)
+        for _ in range(rng.randrange(30)):
+            rng.choice(network.alive()).increment(rng.choice("abc"), rng.choice((-2, 1, 1, 7)))
+            network.run(rng.expovariate(20))
+        network.run(rng.uniform(0, 2))
+        network.check()
+    network.cut = set()
+    network.loss = 0
+    assert network.run_until(network.converged, 60), [node.table.snapshot(network.now) for node in network.alive()]
+    network.check()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_partition_of_any_length_heals_by_itself(seed):
+    """Both sides drop each other, and still find each other and agree after the cut is mended."""
+    network = Network(seed, loss=0.02)
+    for number, address in enumerate(ADDRESSES):
+        network.start(address, seeds=ADDRESSES[number - 1 : number])
+    assert network.run_until(network.converged, 20)
+    network.split(ADDRESSES[:2], ADDRESSES[2:])
+    for node in network.alive():
+        node.increment("a", 1)
+    network.run(600)
+    assert [len(node.table.active()) for node in network.alive()] == [1, 1, 2, 2, 2]
+    assert [node.counter.value("a") for node in network.alive()] == [2, 2, 3, 3, 3]
+    network.cut = set()
+    assert network.run_until(network.converged, 20)
+    assert {node.counter.value("a") for node in network.alive()} == {5}
+
+
+def test_what_a_dead_node_told_one_peer_reaches_all():
+    """Increments known to a single survivor spread from it, though it did not accept them."""
+    network = Network(1, loss=0, repeat=0)
+    for address in ADDRESSES:
+        network.start(address, seeds=ADDRESSES[:1])
+    assert network.run_until(network.converged, 20)
+    first, second, *others = ADDRESSES
+    network.split([first, second], others)
+    network.nodes[first].increment("a", 5)
+    assert network.run_until(lambda: network.nodes[second].counter.value("a") == 5, 1)
+    network.crash(first)
+    network.cut = set()
+    network.run(5)
+    assert {node.counter.value("a") for node in network.alive()} == {5}
+
+
+def test_a_dead_node_leaves_every_list_and_stays_away():
+    """No rumour brings back a node that has crashed."""
+    network = Network(2)
+    for address in ADDRESSES:
+        network.start(address, seeds=ADDRESSES[:1])
+    assert network.run_until(network.converged, 20)
+    network.crash(ADDRESSES[4])
+    network.run(3 * TIMEOUT_S)
+    for _ in range(100):
+        network.run(1)
+        assert all(ADDRESSES[4] not in dict(map(reversed, node.table.active())) for node in network.alive())
+
+
+def test_an_idle_cluster_keeps_quiet():
+    """Without increments each node sends one heartbeat to each peer per interval, and nothing else."""
+    network = Network(3, loss=0, repeat=0, delay_s=0.01)
+    for address in ADDRESSES:
+        network.start(address, seeds=ADDRESSES[:1])
+    network.run(20)
+    sent, exchange = [], network.exchange
+    network.exchange = lambda *arguments: (sent.append(arguments), exchange(*arguments))
+    network.run(10)
+    assert 5 * 4 * 9 <= len(sent) <= 5 * 4 * 11
+
+
+def test_increments_under_way_are_batched():
+    """However many increments there are, messages stay paced, and nothing is left over."""
+    network = Network(4, loss=0, repeat=0, delay_s=0.001)
+    for address in ADDRESSES[:3]:
+        network.start(address, seeds=ADDRESSES[:1])
+    assert network.run_until(network.converged, 20)
+    sent, exchange = [], network.exchange
+    network.exchange = lambda *arguments: (sent.append(arguments), exchange(*arguments))
+    for _ in range(2000):
+        network.nodes[ADDRESSES[0]].increment("a", 1)
+        network.run(0.0005)
+    assert len(sent) < 300
+    network.run(0.1)
+    assert {node.counter.value("a") for node in network.alive()} == {2000}
