@@ -1,0 +1,385 @@
+"""Nodes as real processes on loopback: joining, dying, stopping, and finding each other again."""
+
+import contextlib
+import http.client
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import PROJECT, Answer, wait_until
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def own_id(node):
+    return node.get("/peers")["self"]["id"]
+
+
+def listed(node):
+    """Return {id: address} of all peers a node lists, active or lost."""
+    return {peer["id"]: peer["address"] for peer in node.get("/peers")["peers"]}
+
+
+def increment_times(node, times):
+    for _ in range(times):
+        node.increment()
+
+
+def all_count(total, *nodes):
+    """Wait until those nodes hold that count, and none has anything left to tell an active peer."""
+
+    def settled():
+        peers = [peer for node in nodes for peer in node.get("/peers")["peers"] if peer["state"] == "active"]
+        return not any(peer["unconfirmed"] for peer in peers) and {node.count() for node in nodes} == {total}
+
+    wait_until(settled)
+    return True
+
+
+def all_know_each_other(*nodes):
+    """Wait until each of those nodes lists exactly the others, as active."""
+    ids = {own_id(node): node.address for node in nodes}
+
+    def complete():
+        return all(
+            listed(node).items() == ids.items() - {(own_id(node), node.address)} and not node.peers("lost")
+            for node in nodes
+        )
+
+    wait_until(complete)
+    return True
+
+
+def wait_until_lost(lost, *nodes):
+    wait_until(lambda: all(lost.address in node.peers("lost") - node.peers() for node in nodes))
+
+
+def readiness(node):
+    answer = node.ask("GET", "/readyz")
+    return answer.status, answer.json().get("alone")
+
+
+class Wire(socketserver.ThreadingTCPServer):
+    """A way over TCP to the port `target`, which can be cut; cut, it breaks every connection."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), None)
+        self.address, self.target, self.whole, self.open = f"127.0.0.1:{self.server_address[1]}", None, True, set()
+
+    def finish_request(self, near, _address):
+        if self.whole:
+            with socket.create_connection(("127.0.0.1", self.target)) as far:
+                back = threading.Thread(target=self._carry, args=(far, near))
+                back.start()
+                self._carry(near, far)
+                back.join()
+
+    def _carry(self, source, sink):
+        self.open.add(source)
+        with contextlib.suppress(OSError):  # cut, or one side hung up
+            while self.whole and (received := source.recv(65536)):
+                sink.sendall(received)
+        self.open.discard(source)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+
+    def cut(self):
+        self.whole = False
+        for sock in list(self.open):
+            with contextlib.suppress(OSError):  # it has just been closed
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def mend(self):
+        self.whole = True
+
+
+@pytest.fixture
+def wire():
+    """Make a Wire with each call."""
+    with contextlib.ExitStack() as stack:
+
+        def new_wire():
+            wire = stack.enter_context(Wire())  # whose exit waits for its threads
+            thread = threading.Thread(target=wire.serve_forever, args=(0.01,))
+            thread.start()
+            for undo in (thread.join, wire.shutdown, wire.cut):
+                stack.callback(undo)
+            return wire
+
+        yield new_wire
+
+
+# Joining.
+
+
+def test_nodes_joined_in_a_chain_all_count_concurrent_increments_exactly(start_cluster):
+    """What 12 threads count at three nodes, each of which joined through the one before, is exact at all three."""
+    nodes = start_cluster(3)
+    with ThreadPoolExecutor(12) as threads:
+        answers = list(threads.map(lambda number: nodes[number % 3].increment(), range(360)))
+    assert len({answer["id"] for answer in answers}) == 360
+    assert all_count(360, *nodes)
+
+
+def test_a_seed_may_start_after_the_node_that_names_it(start_node):
+    """A node whose seed is down counts meanwhile, and joins once the seed is up."""
+    port = free_port()
+    early = start_node("--peers", f"127.0.0.1:{port}")
+    early.increment()
+    wait_until(lambda: "retrying" in early.stderr())
+    seed = start_node(port=port)
+    seed.increment()
+    assert all_count(2, early, seed)
+    assert all_know_each_other(early, seed)
+
+
+def test_a_late_joiner_holds_everything_once_it_is_ready(start_cluster, start_node):
+    """A node is not ready before it holds what was counted before it came, whichever node counted it."""
+    nodes = start_cluster(2)
+    for node in nodes:
+        increment_times(node, 10)
+        node.increment("/increment/other?amount=-7")
+    all_count(20, *nodes)
+    late = start_node(peers=nodes[:1])
+    wait_until(lambda: late.ask("GET", "/readyz").status == 200)
+    assert (late.count(), late.count("other")) == (20, -14)
+    assert all_know_each_other(*nodes, late)
+
+
+def test_several_spellings_of_a_seed_are_one_peer(start_node):
+    """Seeds that turn out to be the same node count as one peer, and a node's own address as none."""
+    seed, port = start_node(), free_port()
+    spellings = [f"{host}:{port}" for port in (seed.port, port) for host in ("localhost", "127.0.0.1")]
+    node = start_node("--peers", ",".join(spellings), port=port)
+    all_know_each_other(seed, node)
+    third = start_node(peers=[node])
+    assert all_know_each_other(seed, node, third)
+
+
+def test_a_seed_may_be_a_name(start_node):
+    """A seed given by name is looked up, and listed under the address it advertises."""
+    seed = start_node()
+    node = start_node("--peers", f"LocalHost:{seed.port}")
+    assert all_know_each_other(seed, node)
+
+
+def test_a_cluster_over_ipv6(start_node):
+    """Nodes that listen on ::1 join and count like any others."""
+
+    def start(*arguments):
+        node = start_node("--host", "::1", *arguments)
+        node.address = f"[::1]:{node.port}"
+
+        def ask(method, path):
+            with contextlib.closing(http.client.HTTPConnection("::1", node.port, timeout=10)) as connection:
+                connection.request(method, path)
+                return Answer(connection.getresponse())
+
+        node.ask = ask
+        return node
+
+    seed = start()
+    node = start("--peers", f"[0::1]:{seed.port}")
+    assert all_know_each_other(seed, node)
+    seed.increment()
+    node.increment()
+    assert all_count(2, seed, node)
+
+
+def test_a_wildcard_listener_finds_out_its_address(start_node):
+    """Nodes that listen on 0.0.0.0 tell the address they have towards their first peer, whoever dials first."""
+    dialled = start_node("--host", "0.0.0.0")
+    assert dialled.get("/peers")["self"]["address"] is None
+    dialling = start_node("--host", "0.0.0.0", peers=[dialled])
+    assert all_know_each_other(dialled, dialling)
+    assert [node.get("/peers")["self"]["address"] for node in (dialled, dialling)] == [dialled.address, dialling.address]
+
+
+def test_a_node_that_nobody_can_dial_takes_part(start_node):
+    """A node whose advertised address nobody answers at sends and gets everything through its own requests."""
+    seed = start_node()
+    node = start_node("--advertise", f"127.0.0.1:{free_port()}", peers=[seed])
+    seed.increment()
+    node.increment()
+    wait_until(lambda: seed.count() == node.count() == 2)
+    assert list(listed(seed)) == [own_id(node)]
+    seed.increment()
+    wait_until(lambda: node.count() == 3)
+
+
+def test_a_proxy_in_the_environment_is_not_used_between_nodes(start_cluster, monkeypatch):
+    """Nodes reach each other directly, whatever proxy the environment names."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    nodes = start_cluster(2)
+    nodes[0].increment()
+    assert all_count(1, *nodes)
+
+
+# Readiness.
+
+
+def test_a_node_without_seeds_is_ready_alone(start_node):
+    """A node that names no seeds, or only itself, is ready at once, and says that it is alone."""
+    port = free_port()
+    assert readiness(start_node()) == (200, True)
+    itself = start_node("--peers", f"localhost:{port}", "--join-timeout", "600", port=port)
+    wait_until(lambda: readiness(itself) == (200, True))
+
+
+def test_a_joining_node_is_ready_once_a_seed_has_answered(start_node):
+    """A node with seeds is unready until one has answered, and then ready and not alone."""
+    port = free_port()
+    node = start_node("--peers", f"127.0.0.1:{port}", "--join-timeout", "600")
+    answer = node.ask("GET", "/readyz")
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+    start_node(port=port)
+    wait_until(lambda: readiness(node) == (200, False))
+
+
+def test_a_node_whose_seeds_stay_silent_is_ready_alone_in_the_end(start_node):
+    """After --join-timeout without an answer from any seed a node is ready, alone."""
+    node = start_node("--peers", f"127.0.0.1:{free_port()}", "--join-timeout", "0.1")
+    wait_until(lambda: readiness(node) == (200, True))
+
+
+# Dying.
+
+
+def test_a_killed_node_is_lost_and_its_increments_are_not(start_cluster):
+    """A killed node goes from the active to the lost peers; what it had passed on stays counted, and counting goes on."""
+    killed, *others = start_cluster(3)
+    increment_times(killed, 10)
+    all_count(10, killed, *others)
+    killed.kill()
+    wait_until_lost(killed, *others)
+    increment_times(others[0], 5)
+    assert all_count(15, *others)
+
+
+@pytest.mark.parametrize("when", ["at once", "once it is lost"])
+def test_a_killed_node_that_starts_again_is_a_new_peer_at_the_old_address(start_cluster, start_node, when):
+    """Found by the others without seeds of its own, it replaces its old id and gets back the full count."""
+    killed, *others = start_cluster(3)
+    old_id = own_id(killed)
+    increment_times(killed, 10)
+    all_count(10, killed, *others)
+    killed.kill()
+    if when == "once it is lost":
+        wait_until_lost(killed, *others)
+    again = start_node(port=killed.port)
+    again.increment()
+    assert all_know_each_other(again, *others)
+    assert old_id not in listed(again).keys() | listed(others[0]).keys() | {own_id(again)}
+    assert all_count(11, again, *others)
+
+
+def test_what_a_dead_node_told_one_peer_reaches_all(start_cluster, start_node):
+    """Increments whose node told only one peer before it was killed come to others through that peer."""
+    killed, heir = start_cluster(2)
+    increment_times(killed, 10)
+    wait_until(lambda: heir.count() == 10)
+    killed.kill()
+    late = start_node(peers=[heir])
+    assert all_count(10, heir, late)
+
+
+# Silence and partitions.
+
+
+def test_a_stopped_node_is_lost_and_comes_back_by_itself(start_cluster):
+    """A node stopped for longer than the peer timeout is lost, and active again once it goes on, accusing nobody."""
+    stopped, *others = nodes = start_cluster(3)
+    stopped.increment()
+    all_count(1, *nodes)
+    ids = set(map(own_id, nodes))
+    stopped.send_signal(signal.SIGSTOP)
+    wait_until_lost(stopped, *others)
+    for node in others:
+        node.increment()
+    stopped.send_signal(signal.SIGCONT)
+    assert all_know_each_other(*nodes)
+    assert all_count(3, *nodes)
+    assert set(map(own_id, nodes)) == ids
+    assert "peer lost" in others[0].stderr()
+    assert "peer lost" not in stopped.stderr()
+
+
+def test_a_partition_heals_by_itself(start_node, wire):
+    """Two nodes cut off from each other both go on counting, and agree once the way is mended."""
+    wires, nodes = [wire(), wire()], []
+    for way in wires:
+        nodes.append(start_node("--advertise", way.address, peers=nodes))
+        nodes[-1].address, way.target = way.address, nodes[-1].port
+    all_know_each_other(*nodes)
+    for way in wires:
+        way.cut()
+    wait_until_lost(nodes[0], nodes[1])
+    wait_until_lost(nodes[1], nodes[0])
+    increment_times(nodes[0], 3)
+    increment_times(nodes[1], 4)
+    assert [node.count() for node in nodes] == [3, 4]
+    for way in wires:
+        way.mend()
+    assert all_know_each_other(*nodes)
+    assert all_count(7, *nodes)
+
+
+# Starting and stopping.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_node_asked_to_stop_hands_over_and_leaves(start_cluster, number):
+    """When a node has exited, the others hold all it counted, and list it no more, not even as lost."""
+    leaver, *others = start_cluster(3)
+    increment_times(leaver, 50)
+    leaver.send_signal(number)
+    assert leaver.process.wait(15) == 0
+    assert [node.count() for node in others] == [50, 50]
+    assert [leaver.address in listed(node).values() for node in others] == [False, False]
+    assert all_know_each_other(*others)
+
+
+def test_a_second_signal_ends_a_node_that_still_hands_over(start_cluster):
+    """A node that waits for a hanging peer while stopping ends at once when it is told a second time."""
+    node, hanging = start_cluster(2, "--drain-timeout", "600")
+    hanging.send_signal(signal.SIGSTOP)
+    node.increment()
+    node.send_signal(signal.SIGTERM)
+    wait_until(lambda: "stopping: signal=SIGTERM" in node.stderr())
+    assert node.process.poll() is None
+    node.send_signal(signal.SIGINT)
+    assert node.process.wait(15) == -signal.SIGINT
+    hanging.kill()
+
+
+def test_a_port_in_use_is_one_line_and_status_1(start_node):
+    """A node that cannot listen says so in one line that names the port, and exits with status 1."""
+    port = str(start_node().port)
+    command = [sys.executable, "counter_server.py", "--port", port]
+    ended = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=15)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
+    assert port in ended.stderr
+
+
+def test_no_warning_from_start_to_stop(start_cluster, monkeypatch):
+    """In Python's development mode, with warnings as errors, nodes start, count and stop without any."""
+    monkeypatch.setenv("PYTHONDEVMODE", "1")
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    nodes = start_cluster(2)
+    increment_times(nodes[0], 10)
+    all_count(10, *nodes)
+    for node in nodes:
+        assert node.ask("GET", "/nowhere").status == 404
+        assert node.stop() == 0
+        assert "Warning" not in node.stderr()
