@@ -7,10 +7,17 @@ it touched, and one invariant: **of every replica it holds an exact prefix of th
 Whether an increment was seen before is one comparison with the length of that prefix, so what
 a node remembers does not grow with the number of increments.
 
+Idempotency keys are remembered for a while, and travel with the increments they came with.  A
+key that two nodes took which could not talk is counted twice until somebody holds both dots:
+then the smaller one stays, and the larger is *cancelled* by an increment of minus its amount,
+under a replica id derived from it, so that everyone who notices writes the very same.
+
 Sources: Almeida, Shoker, Baquero, "Delta State Replicated Data Types" (2018), for deltas and
 the causal condition on merging them; RFC 9562 section 5.8 for UUIDv8.
 """
 
+import hashlib
+import heapq
 import re
 import secrets
 import threading
@@ -23,7 +30,22 @@ REPLICA = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-8[0-9a-f]{3}\Z")
 _INCREMENT_ID = re.compile(r"([0-9a-f]{8}-[0-9a-f]{4}-8[0-9a-f]{3})-([89ab][0-9a-f]{3})-([0-9a-f]{12})\Z")
 
 # What `replica` did after sequence `after`, as of sequence `through`.
-Delta = namedtuple("Delta", "replica after through totals")  # totals: {name: (sequence, total)}
+#   totals: {name: (sequence, total)}, the entries touched since `after`
+#   keys: ((sequence, digest, name, amount, age in seconds), …), the keys it accepted since
+#   requires: ((replica, sequence), …), the dots without which a cancellation must not be merged
+Delta = namedtuple("Delta", "replica after through totals keys requires", defaults=((), ()))
+
+
+class TooManyCounters(Exception):
+    """A new counter would be one more than this node creates."""
+
+
+class TooManyKeys(Exception):
+    """No further idempotency key can be remembered; the argument is for how many seconds."""
+
+
+class KeyReused(Exception):
+    """The idempotency key came before, with another counter or amount."""
 
 
 def new_replica(randbits=secrets.randbits):
@@ -47,13 +69,27 @@ def parse_increment_id(text):
     return match[1], sequence
 
 
+def key_digest(key):
+    """Return what is remembered of an idempotency key, any string: 32 hexadecimal digits."""
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def cancelling_replica(dot):
+    """Return the replica id under which everybody cancels this dot."""
+    digest = hashlib.sha256(increment_id(*dot).encode()).digest()
+    return new_replica(lambda bits: int.from_bytes(digest, "big") >> (len(digest) * 8 - bits))
+
+
 class Counter:
     """Named counters of one node, replicated by deltas.
 
     Threads may call anything at any time.  `replica` is the id under which this node counts.
+    `now` is in seconds of any clock that only moves forward; keys are remembered for
+    `key_window_s`.  The two limits hold for what this node accepts, never for what it merges.
     """
 
-    def __init__(self, replica):
+    def __init__(self, replica, counters_max=100_000, keys_max=1_000_000, key_window_s=3600.0):
+        self._counters_max, self._keys_max, self._key_window_s = counters_max, keys_max, key_window_s
         # Guards everything below.  Held for dictionary work only: no I/O, no call out of this
         # file, so it is never held together with another lock.
         self._lock = threading.Lock()
@@ -65,26 +101,79 @@ class Counter:
         self._values = {}  # name -> the sum of its totals over all replicas
         self._vector = {}  # the copy of _applied last handed out; None once out of date
         self._waiting = {}  # replica -> [(sequence, threading.Event)]: who waits for a dot
+        # replica -> {sequence: (digest, name, amount, when it was accepted)}, by sequence
+        self._accepted = {}
+        self._dot_of = {}  # digest -> (replica, sequence): the smallest dot seen of that key
+        self._expiry = []  # heap of (when accepted, replica, sequence), all of _accepted
+        self._requires = {}  # replica of a cancellation -> (smaller dot, cancelled dot)
 
     @property
     def replica(self):
         return self._replica
 
     def increment(self, name, amount=1):
-        """Count `amount`, any integer but 0; return (replica, sequence, value of the counter)."""
+        """Count `amount`, any integer but 0; return (replica, sequence, value of the counter).
+
+        Raises TooManyCounters, and then has changed nothing.
+        """
         with self._lock:
-            replica = self._replica
-            sequence = self._applied.get(replica, 0) + 1
-            entries = self._entries.get(replica)
-            if entries is None:
-                entries = self._entries[replica] = OrderedDict()
-            entry = entries.get(name)
-            entries[name] = (sequence, entry[1] + amount if entry else amount)
-            entries.move_to_end(name)
-            self._applied[replica] = sequence
-            self._vector = None
-            value = self._values[name] = self._values.get(name, 0) + amount
-            return replica, sequence, value
+            return self._increment_locked(name, amount)
+
+    def increment_once(self, key, name, amount, now):
+        """Count `amount` unless it was counted under the same key, a string, before.
+
+        Returns (replica, sequence, value, replayed) with the first dot of that key, as far as
+        known here.  Raises KeyReused, TooManyKeys, TooManyCounters, and then has changed nothing.
+        """
+        digest = key_digest(key)
+        with self._lock:
+            self._expire_locked(now)
+            dot = self._dot_of.get(digest)
+            if dot:
+                if self._accepted[dot[0]][dot[1]][1:3] != (name, amount):
+                    raise KeyReused
+                return *dot, self._values[name], True
+            if len(self._dot_of) >= self._keys_max:
+                raise TooManyKeys(self._expiry[0][0] + self._key_window_s - now if self._expiry else 0.0)
+            replica, sequence, value = self._increment_locked(name, amount)
+            self._dot_of[digest] = (replica, sequence)
+            self._remember_locked(replica, sequence, (digest, name, amount, now))
+            return replica, sequence, value, False
+
+    def _increment_locked(self, name, amount):
+        value = self._values.get(name)
+        if value is None:
+            if len(self._values) >= self._counters_max:
+                raise TooManyCounters
+            value = 0
+        replica = self._replica
+        sequence = self._applied.get(replica, 0) + 1
+        entries = self._entries.get(replica)
+        if entries is None:
+            entries = self._entries[replica] = OrderedDict()
+        entry = entries.get(name)
+        entries[name] = (sequence, entry[1] + amount if entry else amount)
+        entries.move_to_end(name)
+        self._applied[replica] = sequence
+        self._vector = None
+        self._values[name] = value = value + amount
+        return replica, sequence, value
+
+    def _remember_locked(self, replica, sequence, accepted):
+        self._accepted.setdefault(replica, {})[sequence] = accepted
+        heapq.heappush(self._expiry, (accepted[3], replica, sequence))
+
+    def expire(self, now):
+        """Forget the idempotency keys whose time has passed."""
+        with self._lock:
+            self._expire_locked(now)
+
+    def _expire_locked(self, now):
+        while self._expiry and self._expiry[0][0] + self._key_window_s < now:
+            _, replica, sequence = heapq.heappop(self._expiry)
+            digest = self._accepted[replica].pop(sequence)[0]
+            if self._dot_of.get(digest) == (replica, sequence):
+                del self._dot_of[digest]
 
     def value(self, name):
         """Return the value of a counter; one never incremented is 0."""
@@ -123,53 +212,64 @@ class Counter:
         for _, event in waiting:
             event.set()
 
-    def deltas(self, known, size_max):
-        """Return what a node that holds the vector `known` lacks: a list of Delta.
+    def deltas(self, known, size_max, now):
+        """Return what a node that holds the vector `known` lacks: a list of Delta, to be merged in order.
 
         `size_max` is in bytes on the wire, roughly.  No replica's delta is ever split, or two
         nodes could hold equal vectors and different totals; so a list of one may be larger.
         """
         with self._lock:
             found, size = [], 0
+            # A cancellation was applied after the dots it requires, and so comes after them.
             for replica, through in self._applied.items():
                 after = known.get(replica, 0)
                 if after < through and size < size_max:
-                    found.append(self._delta_locked(replica, after))
-                    size += sum(len(name) + 40 for name in found[-1].totals)
+                    delta = self._delta_locked(replica, after, now)
+                    found.append(delta)
+                    size += sum(len(name) + 40 for name in delta.totals) + 150 * len(delta.keys)
             return found
 
-    def delta(self, replica, after):
+    def delta(self, replica, after, now):
         """Return what `replica` did after sequence `after`, as a Delta; None if nothing is known.
 
         10,000 increments of one counter are one entry: the cost is that of what changed.
         """
         with self._lock:
-            return self._delta_locked(replica, after) if self._applied.get(replica, 0) > after else None
+            return self._delta_locked(replica, after, now) if self._applied.get(replica, 0) > after else None
 
-    def _delta_locked(self, replica, after):
-        totals = {}
-        entries = self._entries[replica]
+    def _delta_locked(self, replica, after, now):
+        totals, keys = {}, []
+        entries, accepted = self._entries[replica], self._accepted.get(replica, {})
         for name in reversed(entries):
             entry = entries[name]
             if entry[0] <= after:
                 break
             totals[name] = entry
-        return Delta(replica, after, self._applied[replica], totals)
+        for sequence in reversed(accepted):
+            if sequence <= after:
+                break
+            digest, name, amount, at = accepted[sequence]
+            keys.append((sequence, digest, name, amount, round(now - at, 3)))
+        requires = self._requires.get(replica, ())
+        return Delta(replica, after, self._applied[replica], totals, tuple(keys[::-1]), requires)
 
-    def merge(self, delta):
+    def merge(self, delta, now):
         """Take over a delta, all of it or nothing; return whether anything was new.
 
         Nothing is new in a delta of this very replica, in one that ends within the prefix held
-        here, and in one that begins after its end: taking that would leave a gap.
+        here, and in one that begins after its end or requires dots not held: taking that would
+        leave a gap.
         """
         with self._lock:
-            return self._merge_locked(delta)
+            return self._merge_locked(delta, now)
 
-    def _merge_locked(self, delta):
-        replica, after, through, totals = delta
+    def _merge_locked(self, delta, now):
+        replica, after, through, totals, keys, requires = delta
         held = self._applied.get(replica, 0)
         if replica == self._replica or through <= held or after > held:
             return False
+        if any(self._applied.get(r, 0) < sequence for r, sequence in requires):
+            return False  # or a cancellation could outrun, and outlive, what it speaks of
         entries = self._entries.setdefault(replica, OrderedDict())
         # A delta cut further back than `held` has entries that are held already.  Sorted, the
         # new ones keep the order by sequence, whatever order they came in.
@@ -181,10 +281,26 @@ class Counter:
                 entries.move_to_end(name)
         self._applied[replica] = through
         self._vector = None
+        if requires:
+            self._requires[replica] = requires
         for sequence, event in self._waiting.get(replica, ()):
             if sequence <= through:
                 event.set()
+        for sequence, digest, name, amount, age_s in sorted(keys):
+            if sequence > held:
+                self._remember_locked(replica, sequence, (digest, name, amount, now - age_s))
+                self._see_key_locked(digest, (replica, sequence), now)
         return True
+
+    def _see_key_locked(self, digest, dot, now):
+        """Take note that a key came with this dot; of two dots of one key, cancel the larger."""
+        known = self._dot_of.setdefault(digest, dot)
+        if known != dot:
+            smaller, larger = sorted((known, dot))
+            self._dot_of[digest] = smaller
+            _, name, amount, _ = self._accepted[larger[0]][larger[1]]
+            totals = {name: (1, -amount)}
+            self._merge_locked(Delta(cancelling_replica(larger), 0, 1, totals, (), (smaller, larger)), now)
 
     def renew_if_cloned(self, known, replica):
         """Draw up a new replica under the id `replica` if `known` shows this one is used twice.

@@ -18,6 +18,8 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
+import os
 import queue
 import re
 import socket
@@ -32,10 +34,20 @@ from http.server import ThreadingHTTPServer
 
 import http1
 import replication
-from counter import AMOUNT_MAX, NAME, Counter, increment_id, new_replica, parse_increment_id
+from counter import (
+    AMOUNT_MAX,
+    NAME,
+    Counter,
+    KeyReused,
+    TooManyCounters,
+    TooManyKeys,
+    increment_id,
+    new_replica,
+    parse_increment_id,
+)
 from http1 import Refused
 from peers import Heartbeat, PeerTable, join_address, parse_address
-from replication import Gossip, Replicator
+from replication import Gossip, Replicator, Signer, same_signature
 
 __version__ = "1.0.0"
 
@@ -57,6 +69,8 @@ STOP_S = 2.0  # for requests in flight, and for threads, when the node stops
 
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,18})\Z", re.ASCII)
 _SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9})?\Z", re.ASCII)
+_KEY = re.compile(r"[\x21-\x7e]{1,255}\Z")
+_UUID7 = re.compile(r"([0-9a-f]{8})-([0-9a-f]{4})-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,12 @@ class Config:
     retry_workers: int
     drain_timeout: float
     max_connections: int
+    max_counters: int
+    idempotency_window: float
+    max_idempotency_keys: int
+    cors_origin: tuple  # of origins whose pages may use this node; "*" is any
+    secret: bytes  # b"" without --secret-file
+    cluster: str
     log_level: str
 
 
@@ -88,7 +108,10 @@ class Node:
     def __init__(self, config):
         self.config = config
         self.started = time.monotonic()
-        self.counter = Counter(new_replica())
+        self.counter = Counter(
+            new_replica(), config.max_counters, config.max_idempotency_keys, config.idempotency_window
+        )  # fmt: skip
+        self.signer = Signer(config.secret, config.cluster)
         self.server = Server(config, Api(self))
         host, self.port = self.server.server_address[:2]
         wildcard = ipaddress.ip_address(host).is_unspecified
@@ -102,8 +125,8 @@ class Node:
             pushed_to=config.fanout, doubtful_max=max(1, config.retry_workers // 2),
         )  # fmt: skip
         self.replicator = Replicator(
-            self.gossip, self.table, self.port, config.retry_workers, config.peer_timeout
-        )
+            self.gossip, self.table, self.signer, self.port, config.retry_workers, config.peer_timeout
+        )  # fmt: skip
         self.heartbeat = Heartbeat(self.table, config.heartbeat_interval, self.replicator.contact)
 
     def start(self):
@@ -113,12 +136,16 @@ class Node:
 
     def stop(self):
         """Answer what is in flight, hand everything to the peers, say leave, end all threads."""
-        self.server.stop(self.counter.stop_waiting)
+        self.server.stop(self._stop_waiting)
         if self.table.active() and not self.gossip.drain(time.monotonic, self.config.drain_timeout):
             log.warning("stopping: not all peers confirmed everything within --drain-timeout")
         ended = [self.heartbeat.stop(STOP_S), self.replicator.stop(STOP_S)]
         if not all(ended):
             log.warning("stopping: some threads still run")
+
+    def _stop_waiting(self):
+        self.counter.stop_waiting()
+        self.gossip.stop_waiting()
 
     def readiness(self):
         """Return (ready, alone): whether this node has caught up with a peer or has none to expect."""
@@ -154,6 +181,37 @@ class Api:
 
     def action(self, head):
         """Return what answers a request with this head."""
+        cors = self._cors_headers(head)
+        if cors is None:
+            return self._route(head)
+        try:
+            action = self._route(head)
+        except Refused as refused:
+            action = _refusing(refused)
+        return _with_headers(action, cors)
+
+    def _cors_headers(self, head):
+        """Return the header lines that let a page of another origin use the answer; None without one.
+
+        A browser sends a POST to any site before it asks whether it may, so one that comes from
+        another site is refused here unless that site is allowed to (--cors-origin).
+        """
+        origin, site = head.headers.get("origin"), head.headers.get("sec-fetch-site")
+        allowed = self._node.config.cors_origin
+        if origin and ("*" in allowed or origin in allowed):
+            lines = [f"Access-Control-Allow-Origin: {origin}", "Vary: Origin",
+                     "Access-Control-Expose-Headers: Idempotent-Replayed"]  # fmt: skip
+            if head.method == "OPTIONS":
+                lines += ["Access-Control-Allow-Methods: GET, HEAD, POST",
+                          "Access-Control-Allow-Headers: Content-Type, Idempotency-Key",
+                          "Access-Control-Max-Age: 600"]  # fmt: skip
+            return "\r\n".join(lines).encode()
+        same = site in ("same-origin", "none") if site else not origin or _host_of(origin) == head.headers.get("host")
+        if head.method == "POST" and not same:
+            raise Refused(403, "this comes from a page of another site; --cors-origin can allow that site")
+        return None
+
+    def _route(self, head):
         parent, slash, last = head.path.rpartition("/")
         if head.path in self._routes:
             routes, arguments = self._routes[head.path], ()
@@ -173,18 +231,66 @@ class Api:
 
     def _increment(self, head, name="default"):
         name = _name(name)
-        query = http1.parse_query(head.query, ("amount",))
+        query = http1.parse_query(head.query, ("amount", "acks", "timeout"))
+        if "timeout" in query and "acks" not in query:
+            raise Refused(400, "timeout goes with acks")
         given = "amount" in query
         amount = _amount(query["amount"]) if given else 1
         counter, replicator = self._node.counter, self._node.replicator
+        if "idempotency-key" in head.headers or "acks" in query:
+            return self._increment_with_options(head, name, amount, given, query)
 
         def increment(body, _connection):
             by = _body_amount(body, amount, given) if body else amount
-            replica, sequence, count = counter.increment(name, by)
+            try:
+                replica, sequence, count = counter.increment(name, by)
+            except TooManyCounters:
+                raise _too_many_counters() from None
             replicator.wake()
             return http1.ok(f'{{"id": "{increment_id(replica, sequence)}", "name": "{name}", "count": {count}}}\n')
 
         return increment
+
+    def _increment_with_options(self, head, name, amount, given, query):
+        """Return the action of an increment with an idempotency key, with acks, or with both."""
+        counter, replicator, gossip = self._node.counter, self._node.replicator, self._node.gossip
+        key = head.headers.get("idempotency-key")
+        if key is not None:
+            key = _idempotency_key(key)
+        acks = _acks(query["acks"]) if "acks" in query else None
+        timeout_s = _timeout_s(query)
+
+        def increment(body, _connection):
+            by = _body_amount(body, amount, given) if body else amount
+            replayed = False
+            try:
+                if key is None:
+                    replica, sequence, count = counter.increment(name, by)
+                else:
+                    self._refuse_if_old(key)
+                    replica, sequence, count, replayed = counter.increment_once(key, name, by, time.monotonic())
+            except TooManyCounters:
+                raise _too_many_counters() from None
+            except TooManyKeys as error:
+                retry_after = [("Retry-After", str(math.ceil(error.args[0])))]
+                raise Refused(503, "no further idempotency key can be remembered for now", retry_after) from None
+            except KeyReused:
+                raise Refused(422, "this idempotency key came before, with another counter or amount") from None
+            replicator.wake()
+            answer, status = {"id": increment_id(replica, sequence), "name": name, "count": count}, 200
+            if acks is not None:
+                answer["acks"] = gossip.wait_for_acks(replica, sequence, acks, time.monotonic, timeout_s)
+                status = 200 if answer["acks"] >= acks else 202
+            headers = [("Idempotent-Replayed", "true")] if replayed else []
+            return http1.response(status, json.dumps(answer).encode() + b"\n", headers=headers)
+
+        return increment
+
+    def _refuse_if_old(self, key):
+        """Refuse a UUIDv7 that was made so long ago that it may have been counted and forgotten."""
+        match = _UUID7.match(key)
+        if match and time.time() - int(match[1] + match[2], 16) / 1000 > self._node.config.idempotency_window:
+            raise Refused(400, "this idempotency key is a UUIDv7 older than --idempotency-window; use a new one")
 
     def _count(self, head, name="default"):
         name = _name(name)
@@ -244,9 +350,13 @@ class Api:
 
     def _gossip(self, head):
         http1.parse_query(head.query, ())
-        return self._receive
+        return partial(self._receive, head.headers.get(replication.SIGNATURE.lower(), ""))
 
-    def _receive(self, body, connection):
+    def _receive(self, signature, body, connection):
+        signer = self._node.signer
+        if not same_signature(signature, signer.request(body)):
+            challenge = [("WWW-Authenticate", replication.SIGNATURE)]
+            raise Refused(401, "the signature is wrong: another --cluster or --secret-file?", challenge)
         try:
             message = replication.decode(body)
         except ValueError as error:
@@ -256,11 +366,53 @@ class Api:
             node.table.advertise(join_address(connection.local_host(), node.port))
         answer = node.gossip.receive(message, time.monotonic())
         node.server.recognise_peer(connection)
-        return http1.response(200, replication.encode(answer))
+        answer = replication.encode(answer)
+        return http1.response(200, answer, headers=[(replication.SIGNATURE, signer.answer(signature, answer))])
 
 
 def _json(fields):
     return http1.ok(json.dumps(fields) + "\n")
+
+
+def _refusing(refused):
+    def refuse(_body, _connection):
+        raise refused
+
+    return refuse
+
+
+def _with_headers(action, lines):
+    """Return the action with further header lines in its response, also where it refuses."""
+
+    def answer(body, connection):
+        try:
+            response = action(body, connection)
+        except Refused as refused:
+            response = refused.response()
+        return http1.with_header(response, lines)
+
+    return answer
+
+
+def _host_of(origin):
+    return origin.partition("://")[2]
+
+
+def _too_many_counters():
+    return Refused(507, "this node has --max-counters counters; increment one that exists")
+
+
+def _idempotency_key(text):
+    key = text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+    if not _KEY.match(key):
+        raise Refused(400, "an Idempotency-Key is 1 to 255 visible ASCII characters, in double quotes or not")
+    return key
+
+
+def _acks(text):
+    if not re.fullmatch("[1-9][0-9]{0,5}", text):
+        raise Refused(400, "acks must be an integer of at least 1: on how many nodes, this one included")
+    return int(text)
 
 
 def _no_content(allowed, _body, _connection):
@@ -593,6 +745,17 @@ def parse_arguments(arguments):
     listen("--host", default="127.0.0.1", help="address to listen on")
     listen("--advertise", type=_address, metavar="HOST:PORT", help="what peers are told to connect to")
     listen("--max-connections", type=_integer(1, 100_000), default=512, metavar="N", help="clients served at once")
+    listen("--cors-origin", action="append", default=[], metavar="ORIGIN",
+           help="let web pages of this origin use this node; repeatable, * is any")  # fmt: skip
+    trust = parser.add_argument_group("trust").add_argument
+    trust("--secret-file", dest="secret", type=_secret, default=b"", metavar="FILE",
+          help="sign all messages between nodes with the secret in this file")  # fmt: skip
+    trust("--cluster", default="counter", metavar="NAME", help="nodes of another cluster are not talked to")
+    trust("--insecure", action="store_true", help="listen beyond loopback without a secret")
+    limits = parser.add_argument_group("limits").add_argument
+    limits("--max-counters", type=_integer(1, 10**9), default=100_000, metavar="N", help="counters created here")
+    limits("--idempotency-window", type=_seconds(0.001), default=3600.0, metavar="S", help="how long keys are kept")
+    limits("--max-idempotency-keys", type=_integer(1, 10**9), default=1_000_000, metavar="N", help="keys kept at once")
     cluster = parser.add_argument_group("cluster").add_argument
     cluster("--peers", type=_addresses, action="extend", default=[], metavar="HOST:PORT,...",
             help="nodes to join through; repeatable")  # fmt: skip
@@ -612,12 +775,38 @@ def parse_arguments(arguments):
         parser.error("argument --peer-timeout: must be longer than --heartbeat-interval")
     if options.retry_backoff_max < options.retry_backoff:
         parser.error("argument --retry-backoff-max: must not be shorter than --retry-backoff")
-    return Config(**{**vars(options), "peers": tuple(options.peers)})
+    if not options.secret and not options.insecure and not _is_loopback(options.host, parser):
+        parser.error("argument --host: to listen beyond loopback give --secret-file, or --insecure")
+    fields = vars(options) | {"peers": tuple(options.peers), "cors_origin": tuple(options.cors_origin)}
+    del fields["insecure"]
+    return Config(**fields)
+
+
+def _is_loopback(host, parser):
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        parser.error(f"argument --host: {host}: {error}")
+    return all(ipaddress.ip_address(info[4][0].partition("%")[0]).is_loopback for info in found)
+
+
+def _secret(path):
+    try:
+        with open(path, "rb") as file:
+            readable_by_others = os.fstat(file.fileno()).st_mode & 0o007
+            secret = file.read(65536).strip()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
+    if readable_by_others:
+        raise argparse.ArgumentTypeError(f"{path} is open to other users; chmod o= {path}")
+    if not secret:
+        raise argparse.ArgumentTypeError(f"{path} is empty")
+    return secret
 
 
 def _integer(least, most):
     def integer(text):
-        if not re.fullmatch("-?[0-9]{1,9}", text) or not least <= int(text) <= most:
+        if not re.fullmatch("-?[0-9]{1,10}", text) or not least <= int(text) <= most:
             raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {least} to {most}")
         return int(text)
 

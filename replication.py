@@ -16,9 +16,11 @@ has from others it offers with the heartbeats, in which two nodes compare their 
 """
 
 import hashlib
+import hmac
 import json
 import logging
 import random
+import re
 import socket
 import threading
 import time
@@ -34,15 +36,18 @@ from peers import Sender, View, join_address, log_changes, parse_address, split_
 log = logging.getLogger("counter.replication")
 
 PATH = "/internal/gossip"
+SIGNATURE = "Counter-Signature"  # the header of a request, and of its answer
 BODY_MAX = 64 * 2**20  # bytes of a message; only a single replica's delta can come near
 DELTAS_MAX = 2**20  # bytes of deltas in a message of several replicas, roughly
 VECTOR_SHORT = 16  # replicas; a longer vector is compared by its hash first
 BEAT_MAX = 2**53
+AGE_MAX_S = 1e9
 PACING_S = 0.005  # between two pushes to one peer, times the peers pushed to
 LINK_IDLE_S = 60.0  # a link not used for so long is closed
 CONNECT_TIMEOUT_S = 1.0
 ANSWER_TIMEOUT_S = 30.0  # for a whole answer, however slowly it trickles in
 NEVER = float("inf")
+_DIGEST = re.compile("[0-9a-f]{32}\\Z")
 
 # Merging is idempotent, so a POST may be repeated.  Long waits are the scheduler's, within
 # stop()'s reach, so a read timeout is not tried again here and Retry-After is not slept for.
@@ -63,6 +68,33 @@ def backoff_s(failures, base_s, max_s, rng=random):
     Source: Brooker, "Exponential Backoff and Jitter" (AWS Architecture Blog, 2015).
     """
     return rng.uniform(0, min(max_s, base_s * 2 ** min(failures - 1, 30)))
+
+
+class Signer:
+    """Proves that a message comes from a node of this cluster, and as it was sent.
+
+    With a secret only its holders can make one; without, the cluster's name keeps apart
+    clusters that reach each other by mistake.  Source: RFC 2104 (HMAC).
+    """
+
+    def __init__(self, secret, cluster):
+        self._key = secret or hashlib.sha256(f"counter cluster {cluster}".encode()).digest()
+
+    def request(self, body):
+        """Return the signature of a request, as text."""
+        return self._sign(b"POST", PATH.encode(), body)
+
+    def answer(self, request_signature, body):
+        """Return the signature of the answer to the request with that signature."""
+        return self._sign(b"ANSWER", request_signature.encode(), body)
+
+    def _sign(self, *parts):
+        return hmac.digest(self._key, b"\n".join(parts), "sha256").hex()
+
+
+def same_signature(given, right):
+    """Return whether two signatures are equal, in a time that does not tell where they differ."""
+    return hmac.compare_digest(given.encode(), right.encode())
 
 
 def vector_hash(vector):
@@ -86,7 +118,7 @@ def encode(message):
     if confirms is not None:
         fields["confirms"] = confirms
     if deltas:
-        fields["deltas"] = [delta._asdict() for delta in deltas]
+        fields["deltas"] = [{name: value for name, value in delta._asdict().items() if value != ()} for delta in deltas]
     return json.dumps(fields, separators=(",", ":")).encode()
 
 
@@ -136,7 +168,7 @@ def _checked(message):
 
 
 def _checked_delta(delta):
-    replica, after, through, totals = delta
+    replica, after, through, totals, keys, requires = delta
     _require(REPLICA.match(replica), "a replica")
     _require(_is_int(through, 1, SEQUENCE_MAX) and _is_int(after, 0, through - 1), "a delta's range")
     for name, (sequence, total) in totals.items():
@@ -145,7 +177,15 @@ def _checked_delta(delta):
     # Every sequence touched one counter, and the last one cannot have been overtaken.
     sequences = {sequence for sequence, _ in totals.values()}
     _require(len(sequences) == len(totals) and through in sequences, "a delta's entries")
-    return Delta(replica, after, through, {name: tuple(entry) for name, entry in totals.items()})
+    for sequence, digest, name, amount, age_s in keys:
+        _require(_is_int(sequence, after + 1, through) and _DIGEST.match(digest) and NAME.match(name), "a key")
+        _require(_is_int(amount, -AMOUNT_MAX, AMOUNT_MAX) and amount != 0, "a key's amount")
+        _require(type(age_s) in (int, float) and 0 <= age_s < AGE_MAX_S, "a key's age")
+    _require(len({sequence for sequence, *_ in keys}) == len(keys), "a key's sequence")
+    for required, sequence in requires:
+        _require(REPLICA.match(required) and _is_int(sequence, 1, SEQUENCE_MAX), "a required dot")
+    totals = {name: tuple(entry) for name, entry in totals.items()}
+    return Delta(replica, after, through, totals, tuple(map(tuple, keys)), tuple(map(tuple, requires)))
 
 
 def _cause(error):
@@ -172,6 +212,10 @@ class _Link:
         self.told_leaving = False  # it has answered a message that said this node is leaving
         self.session = None
 
+    def holds(self, replica, sequence):
+        """Return whether the peer is known to hold a dot; its own it holds anyway."""
+        return self.peer == replica or self.confirmed is not None and self.confirmed.get(replica, 0) >= sequence
+
 
 class Gossip:
     """Who is to be sent what, and what to make of what they send.
@@ -185,14 +229,16 @@ class Gossip:
         self._backoff_s, self._backoff_max_s = retry_backoff_s, retry_backoff_max_s
         self._pushed_to, self._doubtful_max = pushed_to, doubtful_max
         # Guards everything below.  Held for dictionary work only, never together with another.
-        # Who waits on it waits for a link to become due, or for an answer.
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._due = threading.Condition(self._lock)  # workers wait on it for a link to become due
+        self._confirming = threading.Condition(self._lock)  # others wait on it for answers
         self._links = {}  # address -> _Link
         self._seed_links = {}  # name -> _Link
         self._pending = {}  # the links with something to send or in flight, as an ordered set
         self._pushed = []  # the links that increments are pushed to at once
         self._touched = False  # those were told of an increment, and nothing was sent since
         self._caught_up = False  # everything that some peer held was held here, at least once
+        self._impatient = False  # nobody is to wait for acks any more
         self._closed = False
 
     @property
@@ -205,14 +251,14 @@ class Gossip:
         """Make the peers due that are pushed to: an increment was accepted."""
         if self._touched:  # under load a push is on its way already: one attribute read
             return
-        with self._changed:
+        with self._lock:
             self._touched = True
             for link in self._pushed:
                 self._schedule_push_locked(link, now)
 
     def contact(self, addresses, now):
         """Compare vectors with those addresses, as soon as they do not back off."""
-        with self._changed:
+        with self._lock:
             for address in addresses:
                 link = self._link_locked(address)
                 link.compare = True
@@ -220,7 +266,7 @@ class Gossip:
 
     def swept(self, addresses, seeds, now):
         """Send a heartbeat to those addresses now, and resolve the names of those seeds."""
-        with self._changed:
+        with self._lock:
             for address in addresses:
                 link = self._link_locked(address)
                 link.compare = True
@@ -228,11 +274,12 @@ class Gossip:
             for name in seeds:
                 self._schedule_locked(self._seed_links.setdefault(name, _Link(name, is_seed=True)), now)
         self._follow_membership(now)
+        self._counter.expire(now)
 
     def _follow_membership(self, now):
         """Choose whom to push to, and close the links of who is gone."""
         addresses = dict.fromkeys(address for _, address in self._table.active())
-        with self._changed:
+        with self._lock:
             kept = [link.address for link in self._pushed if link.address in addresses]
             others = [address for address in addresses if address not in kept]
             others = self._rng.sample(others, min(len(others), self._pushed_to - len(kept)))
@@ -251,7 +298,7 @@ class Gossip:
         if at < link.due:
             link.due = at
             self._pending[link] = None
-            self._changed.notify()
+            self._due.notify()
 
     def _schedule_push_locked(self, link, now):
         # The more peers, the longer the pauses: the cost of pushing stays what it is.
@@ -262,24 +309,24 @@ class Gossip:
 
     def take(self, now):
         """Return a link that is due, now in flight, or None."""
-        with self._changed:
+        with self._lock:
             return self._take_locked(now)
 
     def next_link(self, clock):
         """Wait until a link is due and return it, now in flight; None once closed."""
-        with self._changed:
+        with self._lock:
             while not self._closed:
                 now = clock()
                 link = self._take_locked(now)
                 if link:
                     return link
                 due = self._next_due_locked(now)
-                self._changed.wait(None if due == NEVER else due - now)
+                self._due.wait(None if due == NEVER else due - now)
         return None
 
     def next_due(self, now):
         """Return when the next link becomes due after `now`; NEVER if none does by itself."""
-        with self._changed:
+        with self._lock:
             return self._next_due_locked(now)
 
     def _next_due_locked(self, now):
@@ -288,9 +335,9 @@ class Gossip:
 
     def close(self):
         """Let everyone go who waits for a link, now and from now on."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._due.notify_all()
 
     def _take_locked(self, now):
         due = [link for link in self._pending if link.due <= now and not link.in_flight]
@@ -303,26 +350,26 @@ class Gossip:
         self._touched = False
         return link
 
-    def request(self, link):
+    def request(self, link, now):
         """Return the Message to send over a link in flight; None if there is nothing to say."""
         sender, view = self._table.describe()
         vector, replica = self._counter.vector(), self._counter.replica
-        with self._changed:
+        with self._lock:
             known, agreed = link.confirmed, link.agreed
             compare, link.compare = link.compare or known is None, False
         if compare:
-            deltas = self._counter.deltas(known, DELTAS_MAX) if known is not None else []
+            deltas = self._counter.deltas(known, DELTAS_MAX, now) if known is not None else []
             hash = vector_hash(vector) if agreed and len(vector) > VECTOR_SHORT else None
             return Message(sender, view, vector, hash, None, deltas)
-        delta = self._counter.delta(replica, known.get(replica, 0))
+        delta = self._counter.delta(replica, known.get(replica, 0), now)
         return Message(sender, view, None, None, None, [delta]) if delta else None
 
     def answered(self, link, request, answer, now):
         """Take in the answer to a request that was sent over a link; the link is free again."""
         contact, changes = self._table.heard(answer.sender, answer.view, now, answered_at=link.address)
-        merged = self._merge(answer)
+        merged = self._merge(answer, now)
         mine, replica = self._counter.vector(), self._counter.replica
-        with self._changed:
+        with self._lock:
             recovered, link.failures, link.retry_at = link.failures > 0, 0, -NEVER
             link.told_leaving = request.sender.leaving
             before = link.confirmed if link.peer == answer.sender.id else None
@@ -335,7 +382,7 @@ class Gossip:
             if link.peer != replica:
                 news = merged or link.confirmed != before or request.hash is not None
                 self._follow_up_locked(link, request, mine, replica, news, now)
-            self._changed.notify_all()
+            self._confirming.notify_all()
         if recovered:
             log.info("recovered: addr=%s", link.address)
         self._membership_changed(contact, changes, now)
@@ -366,7 +413,7 @@ class Gossip:
 
     def failed(self, link, error, now):
         """Take note that a send came to nothing; the link is free again."""
-        with self._changed:
+        with self._lock:
             link.failures += 1
             failures = link.failures
             link.retry_at = now + backoff_s(failures, self._backoff_s, self._backoff_max_s, self._rng)
@@ -374,13 +421,12 @@ class Gossip:
             self._release_locked(link)
             if link in self._pushed:  # others are tried again by the sweeps alone
                 self._schedule_locked(link, link.retry_at)
-            self._changed.notify_all()
         # A peer that stays down is one line, not one per try.
         log.log(logging.WARNING if failures == 1 else logging.DEBUG, "retrying: addr=%s error=%s", link.address, _cause(error))
 
     def released(self, link):
         """Take note that there was nothing to send; the link is free again."""
-        with self._changed:
+        with self._lock:
             link.failures = 0
             self._release_locked(link)
 
@@ -388,15 +434,16 @@ class Gossip:
         link.in_flight = False
         if link.due == NEVER:
             self._pending.pop(link, None)
+        self._due.notify()  # it may be due again, and another may have waited for its end
 
     # What others send.
 
     def receive(self, message, now):
         """Take in what a peer sent by itself; return the answer to it, a Message."""
         contact, changes = self._table.heard(message.sender, message.view, now)
-        self._merge(message)
+        self._merge(message, now)
         mine = self._counter.vector()
-        with self._changed:
+        with self._lock:
             link = self._links.get(message.sender.address)
             if link:
                 link.retry_at = -NEVER  # whoever sends can be reached again, most likely
@@ -408,7 +455,7 @@ class Gossip:
         if message.applied is not None:
             # What it counts itself it knows best.
             known = {**message.applied, message.sender.id: SEQUENCE_MAX}
-            deltas, agreed = self._counter.deltas(known, DELTAS_MAX), message.applied == mine
+            deltas, agreed = self._counter.deltas(known, DELTAS_MAX, now), message.applied == mine
         elif message.hash is not None:
             deltas, agreed = [], message.hash == vector_hash(mine)
         else:
@@ -416,9 +463,9 @@ class Gossip:
         hash = vector_hash(mine) if agreed and len(mine) > VECTOR_SHORT else None
         return Message(sender, view, mine, hash, confirms, deltas)
 
-    def _merge(self, message):
+    def _merge(self, message, now):
         """Merge the deltas of a message; return whether anything was new."""
-        merged = [self._counter.merge(delta) for delta in message.deltas]
+        merged = [self._counter.merge(delta, now) for delta in message.deltas]
         fresh = new_replica()
         if message.applied and self._counter.renew_if_cloned(message.applied, fresh):
             log.error("replica id used twice, was this machine cloned? new id=%s", fresh)
@@ -437,12 +484,29 @@ class Gossip:
     def unconfirmed(self):
         """Return {address: number of increments held here that it has yet to confirm}."""
         mine = self._counter.vector()
-        with self._changed:
+        with self._lock:
             links = [(link.address, link.peer, link.confirmed or {}) for link in self._links.values()]
         return {
             address: sum(max(0, mine[replica] - confirmed.get(replica, 0)) for replica in mine if replica != peer)
             for address, peer, confirmed in links
         }
+
+    def wait_for_acks(self, replica, sequence, wanted, clock, timeout_s):
+        """Wait until that many nodes, this one included, hold a dot; return how many do."""
+        deadline = clock() + timeout_s
+        while True:
+            active = {id for id, _ in self._table.active()}
+            with self._lock:
+                holders = {link.peer for link in self._links.values() if link.holds(replica, sequence)}
+                reached = 1 + len(holders & active)
+                if reached >= wanted or self._impatient or not self._confirming.wait(deadline - clock()):
+                    return reached
+
+    def stop_waiting(self):
+        """Let everyone go who waits for acks, now and from now on: the node is stopping."""
+        with self._lock:
+            self._impatient = True
+            self._confirming.notify_all()
 
     def drain(self, clock, timeout_s):
         """Tell all active peers everything and that this node leaves; return whether all confirmed."""
@@ -452,19 +516,19 @@ class Gossip:
         deadline = clock() + timeout_s
         while True:
             mine = self._counter.vector()
-            with self._changed:
+            with self._lock:
                 links = map(self._link_locked, addresses)
                 if all(link.told_leaving and not lacks(link.confirmed or {}, mine) for link in links):
                     return True
-                if not self._changed.wait(deadline - clock()):
+                if not self._confirming.wait(deadline - clock()):
                     return False
 
 
 class Replicator:
     """The retry worker pool: threads that send what Gossip says, each to one peer at a time."""
 
-    def __init__(self, gossip, table, port, workers, peer_timeout_s, clock=time.monotonic):
-        self._gossip, self._table, self._port, self._clock = gossip, table, port, clock
+    def __init__(self, gossip, table, signer, port, workers, peer_timeout_s, clock=time.monotonic):
+        self._gossip, self._table, self._signer, self._port, self._clock = gossip, table, signer, port, clock
         # A peer that is stopped still accepts connections.  It is to hold a worker for less
         # than the time in which it is given up.
         self._timeouts_s = (CONNECT_TIMEOUT_S, max(1.0, peer_timeout_s / 2))
@@ -520,7 +584,7 @@ class Replicator:
         try:
             if self._table.address is None:
                 self._table.advertise(join_address(_local_host_towards(link.address), self._port))
-            request = self._gossip.request(link)
+            request = self._gossip.request(link, self._clock())
             if request is None:
                 self._gossip.released(link)
                 return
@@ -535,8 +599,11 @@ class Replicator:
         if link.session is None:
             link.session = _new_session()
         deadline = self._clock() + ANSWER_TIMEOUT_S
-        url = f"http://{link.address}{PATH}"
-        with link.session.post(url, body, timeout=self._timeouts_s, stream=True, allow_redirects=False) as response:
+        signature = self._signer.request(body)
+        with link.session.post(
+            f"http://{link.address}{PATH}", body, headers={SIGNATURE: signature},
+            timeout=self._timeouts_s, stream=True, allow_redirects=False,
+        ) as response:  # fmt: skip
             answer = bytearray()
             while chunk := response.raw.read1(2**20):
                 answer += chunk
@@ -544,6 +611,8 @@ class Replicator:
                     raise ValueError("the answer is too long, or takes too long")
             if response.status_code != 200:
                 raise ValueError(f"answered {response.status_code}: {bytes(answer[:200])!r}")
+            if not same_signature(response.headers.get(SIGNATURE, ""), self._signer.answer(signature, answer)):
+                raise ValueError("the answer's signature is wrong: another --cluster or --secret-file?")
             return answer
 
 

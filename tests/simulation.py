@@ -8,7 +8,7 @@ import heapq
 import itertools
 import random
 
-from counter import Counter, new_replica
+from counter import Counter, cancelling_replica, new_replica
 from peers import PeerTable
 from replication import Gossip, decode, encode
 
@@ -28,9 +28,8 @@ class SimulatedNode:
         self.gossip = Gossip(self.counter, self.table, 0.1, 10.0, pushed_to=8, doubtful_max=2, rng=rng)
         network.at(network.now, self, self.sweep)
 
-    def increment(self, name, amount):
-        replica, sequence, _ = self.counter.increment(name, amount)
-        self.network.log[replica, sequence] = (name, amount)
+    def increment(self, name, amount, key=None):
+        increment(self.counter, self.network.log, name, amount, key, self.network.now)
         self.gossip.touch(self.network.now)
 
     def sweep(self):
@@ -46,7 +45,7 @@ class SimulatedNode:
             if link.is_seed:
                 self.gossip.released(link)
                 self.gossip.contact(self.table.resolved(link.address, [link.address]), now)
-            elif request := self.gossip.request(link):
+            elif request := self.gossip.request(link, now):
                 self.network.exchange(self, link, request)
             else:
                 self.gossip.released(link)
@@ -63,7 +62,7 @@ class Network:
         self.now = 0.0
         self.nodes = {}  # address -> SimulatedNode
         self.cut = set()  # pairs of addresses between which nothing passes
-        self.log = {}  # (replica, sequence) -> (name, amount): all increments there ever were
+        self.log = {}  # (replica, sequence) -> (name, amount, key): all increments there ever were
         self._events, self._tie = [], itertools.count()
 
     def start(self, address, seeds=()):
@@ -151,16 +150,33 @@ class Network:
             check_prefixes(node.counter, self.log)
 
 
+def increment(counter, log, name, amount, key, now):
+    """Increment, with an idempotency key or with None, and write it into the log."""
+    if key is None:
+        *dot, _ = counter.increment(name, amount)
+    else:
+        *dot, _, _ = counter.increment_once(key, name, amount, now)
+    log.setdefault(tuple(dot), (name, amount, key))
+
+
 def check_prefixes(counter, log):
-    """Assert that a counter holds of each replica exactly what the log says up to its sequence."""
-    vector, values = counter.vector(), {}
-    held = {delta.replica: delta for delta in counter.deltas({}, float("inf"))}
-    assert held.keys() == vector.keys()
-    for replica, through in vector.items():
-        totals = {}
-        for sequence in range(1, through + 1):
-            name, amount = log[replica, sequence]
-            totals[name] = (sequence, totals.get(name, (0, 0))[1] + amount)
+    """Assert that a counter is right, given all increments there ever were.
+
+    It holds of each replica exactly what that did up to its sequence; beyond that it holds
+    cancellations, just those of what was counted twice; and so it counts every key once.
+    """
+    vector = counter.vector()
+    dots = sorted((dot, entry) for dot, entry in log.items() if dot[1] <= vector.get(dot[0], 0))
+    totals, values, keys, cancelled = {}, {}, set(), {}
+    for (replica, sequence), (name, amount, key) in dots:
+        mine = totals.setdefault(replica, {})
+        mine[name] = (sequence, mine.get(name, (0, 0))[1] + amount)
+        if key is not None and key in keys:
+            cancelled[cancelling_replica((replica, sequence))] = {name: (1, -amount)}
+        else:
+            keys.add(key)
             values[name] = values.get(name, 0) + amount
-        assert held[replica] == (replica, 0, through, totals)
-    assert all(counter.value(name) == value for name, value in values.items())
+    held = {delta.replica: delta for delta in counter.deltas({}, float("inf"), 0)}
+    assert {replica: delta.totals for replica, delta in held.items()} == totals | cancelled
+    assert all(vector[replica] == 1 for replica in cancelled)
+    assert all(counter.value(name) == values.get(name, 0) for name in "abcdef")

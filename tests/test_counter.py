@@ -15,7 +15,12 @@ from counter import (
     SEQUENCE_MAX,
     Counter,
     Delta,
+    KeyReused,
+    TooManyCounters,
+    TooManyKeys,
+    cancelling_replica,
     increment_id,
+    key_digest,
     new_replica,
     parse_increment_id,
 )
@@ -35,8 +40,8 @@ def tiny_switch_interval():
 def copy(counter, replica=C):
     """Return a new Counter that holds the same."""
     other = Counter(replica)
-    for delta in counter.deltas({}, 10**9):
-        assert other.merge(delta)
+    for delta in counter.deltas({}, 10**9, 0):
+        assert other.merge(delta, 0)
     return other
 
 
@@ -99,75 +104,75 @@ def test_increments_are_numbered_and_summed():
 def test_a_new_replica_is_in_no_vector_before_it_counts():
     counter = Counter(A)
     assert counter.vector() == {}
-    assert counter.deltas({}, 10**6) == []
-    assert counter.delta(A, 0) is None
+    assert counter.deltas({}, 10**6, 0) == []
+    assert counter.delta(A, 0, 0) is None
 
 
 def test_many_increments_of_one_counter_are_one_entry():
     counter = Counter(A)
     for _ in range(10_000):
         counter.increment("x")
-    assert counter.delta(A, 0) == (A, 0, 10_000, {"x": (10_000, 10_000)})
+    assert counter.delta(A, 0, 0) == Delta(A, 0, 10_000, {"x": (10_000, 10_000)})
 
 
 def test_a_delta_has_what_changed_since_and_nothing_else():
     counter = Counter(A)
     for name in "abcab":
         counter.increment(name)
-    assert counter.delta(A, 3) == (A, 3, 5, {"a": (4, 2), "b": (5, 2)})
-    assert counter.delta(A, 5) is None
-    assert counter.deltas({A: 5}, 10**6) == []
+    assert counter.delta(A, 3, 0) == Delta(A, 3, 5, {"a": (4, 2), "b": (5, 2)})
+    assert counter.delta(A, 5, 0) is None
+    assert counter.deltas({A: 5}, 10**6, 0) == []
 
 
 def test_deltas_of_several_replicas_fill_a_message_but_none_is_split():
     counter = Counter(A)
     for number in range(100):
         counter.increment(f"counter-{number}")
-    counter.merge(Delta(B, 0, 1, {"x": (1, 1)}))
-    (first,) = counter.deltas({}, 1)
+    counter.merge(Delta(B, 0, 1, {"x": (1, 1)}), 0)
+    (first,) = counter.deltas({}, 1, 0)
     assert len(first.totals) == 100
-    assert len(counter.deltas({}, 10**6)) == 2
+    assert len(counter.deltas({}, 10**6, 0)) == 2
 
 
 def test_merging_a_delta_again_changes_nothing():
     counter, delta = Counter(A), Delta(B, 0, 3, {"x": (2, 7), "y": (3, -1)})
-    assert counter.merge(delta)
-    assert not counter.merge(delta)
+    assert counter.merge(delta, 0)
+    assert not counter.merge(delta, 0)
     assert (counter.value("x"), counter.value("y"), counter.vector()) == (7, -1, {B: 3})
 
 
 def test_an_old_delta_is_ignored():
     counter = Counter(A)
-    counter.merge(Delta(B, 0, 3, {"x": (3, 7)}))
-    assert not counter.merge(Delta(B, 0, 2, {"x": (2, 4)}))
+    counter.merge(Delta(B, 0, 3, {"x": (3, 7)}), 0)
+    assert not counter.merge(Delta(B, 0, 2, {"x": (2, 4)}), 0)
     assert counter.value("x") == 7
 
 
 def test_a_delta_behind_a_gap_is_refused_whole():
     counter = Counter(A)
-    assert not counter.merge(Delta(B, 1, 3, {"x": (2, 7), "y": (3, -1)}))
+    assert not counter.merge(Delta(B, 1, 3, {"x": (2, 7), "y": (3, -1)}), 0)
     assert (counter.vector(), counter.value("x"), counter.value("y")) == ({}, 0, 0)
 
 
 def test_a_delta_that_overlaps_what_is_held_adds_only_the_rest():
     counter = Counter(A)
-    counter.merge(Delta(B, 0, 2, {"x": (1, 1), "y": (2, 10)}))
-    assert counter.merge(Delta(B, 0, 4, {"y": (2, 10), "x": (3, 2), "z": (4, 5)}))
+    counter.merge(Delta(B, 0, 2, {"x": (1, 1), "y": (2, 10)}), 0)
+    assert counter.merge(Delta(B, 0, 4, {"y": (2, 10), "x": (3, 2), "z": (4, 5)}), 0)
     assert [counter.value(name) for name in "xyz"] == [2, 10, 5]
 
 
 def test_entries_stay_in_order_when_a_delta_lists_them_in_another():
     """Cutting stops at the first old entry, so one out of its place would be lost for ever."""
     counter = Counter(A)
-    counter.merge(Delta(B, 0, 4, {"d": (4, 1), "a": (1, 1), "c": (3, 1), "b": (2, 1)}))
-    assert counter.delta(B, 2).totals == {"c": (3, 1), "d": (4, 1)}
-    assert copy(counter).delta(B, 1).totals == {"b": (2, 1), "c": (3, 1), "d": (4, 1)}
+    counter.merge(Delta(B, 0, 4, {"d": (4, 1), "a": (1, 1), "c": (3, 1), "b": (2, 1)}), 0)
+    assert counter.delta(B, 2, 0).totals == {"c": (3, 1), "d": (4, 1)}
+    assert copy(counter).delta(B, 1, 0).totals == {"b": (2, 1), "c": (3, 1), "d": (4, 1)}
 
 
 def test_nothing_is_taken_over_of_the_own_replica():
     counter = Counter(A)
     counter.increment("x")
-    assert not counter.merge(Delta(A, 0, 9, {"x": (9, 9)}))
+    assert not counter.merge(Delta(A, 0, 9, {"x": (9, 9)}), 0)
     assert counter.value("x") == 1
 
 
@@ -192,8 +197,112 @@ def test_a_cloned_machine_goes_on_under_a_new_id():
     assert not counter.renew_if_cloned({A: 1, B: 99}, B)
     assert counter.renew_if_cloned({A: 2 + 1}, B)
     assert counter.increment("x") == (B, 1, 3)
-    assert counter.merge(Delta(A, 1, 3, {"x": (3, 5)}))
+    assert counter.merge(Delta(A, 1, 3, {"x": (3, 5)}), 0)
     assert counter.value("x") == 6
+
+
+def test_a_key_counts_once_at_a_node():
+    counter = Counter(A)
+    assert counter.increment_once("k", "x", 5, now=0) == (A, 1, 5, False)
+    counter.increment("x")
+    assert counter.increment_once("k", "x", 5, now=1) == (A, 1, 6, True)
+    assert counter.vector() == {A: 2}
+
+
+@pytest.mark.parametrize(("name", "amount"), [("y", 5), ("x", 6)])
+def test_a_key_with_another_payload_is_refused(name, amount):
+    counter = Counter(A)
+    counter.increment_once("k", "x", 5, now=0)
+    with pytest.raises(KeyReused):
+        counter.increment_once("k", name, amount, now=0)
+    assert (counter.vector(), counter.value("x"), counter.value("y")) == ({A: 1}, 5, 0)
+
+
+def test_a_key_is_remembered_for_its_window():
+    counter = Counter(A, key_window_s=60)
+    counter.increment_once("k", "x", 1, now=0)
+    assert counter.increment_once("k", "x", 1, now=60)[3]
+    assert not counter.increment_once("k", "x", 1, now=61)[3]
+    counter.expire(200)
+    assert counter.delta(A, 0, 200) == Delta(A, 0, 2, {"x": (2, 2)})
+
+
+def test_a_key_keeps_its_age_on_its_way():
+    first, second, third = Counter(A, key_window_s=60), Counter(B, key_window_s=60), Counter(C, key_window_s=60)
+    first.increment_once("k", "x", 1, now=0)
+    second.merge(first.delta(A, 0, now=40), now=1040)
+    third.merge(second.delta(A, 0, now=1050), now=5)
+    assert third.increment_once("k", "x", 1, now=14)[3]
+    assert not third.increment_once("k", "x", 1, now=16)[3]
+
+
+def test_at_the_cap_a_new_key_is_refused_until_one_expires():
+    counter = Counter(A, keys_max=2, key_window_s=60)
+    counter.increment_once("k1", "x", 1, now=0)
+    counter.increment_once("k2", "x", 1, now=10)
+    with pytest.raises(TooManyKeys) as refused:
+        counter.increment_once("k3", "x", 1, now=20)
+    assert refused.value.args == (40,)
+    assert counter.increment_once("k1", "x", 1, now=20)[3]
+    assert counter.increment_once("k3", "x", 1, now=61) == (A, 3, 3, False)
+
+
+def test_at_the_cap_no_new_counter_is_created_but_those_of_peers_are_merged():
+    counter = Counter(A, counters_max=2)
+    counter.increment("x")
+    counter.increment("y")
+    with pytest.raises(TooManyCounters):
+        counter.increment("z")
+    with pytest.raises(TooManyCounters):
+        counter.increment_once("k", "z", 1, now=0)
+    assert counter.increment("x")[2] == 2
+    counter.merge(Delta(B, 0, 1, {"z": (1, 1)}), 0)
+    assert counter.increment("z")[2] == 2
+    assert not counter.increment_once("k", "z", 1, now=0)[3]
+
+
+def test_a_key_taken_by_two_nodes_counts_once_when_they_meet():
+    first, second = Counter(A), Counter(B)
+    first.increment_once("k", "x", 5, now=0)
+    second.increment_once("k", "x", 5, now=0)
+    first.merge(second.delta(B, 0, 0), 0)
+    second.merge(first.delta(A, 0, 0), 0)
+    assert first.value("x") == second.value("x") == 5
+    assert first.vector() == second.vector() == {A: 1, B: 1, cancelling_replica((B, 1)): 1}
+    assert second.increment_once("k", "x", 5, now=0) == (A, 1, 5, True)
+
+
+def test_a_cancellation_waits_for_both_dots_it_speaks_of():
+    """Otherwise it could outlive them: their nodes may die before anybody else has heard of them."""
+    first, second, third = Counter(A), Counter(B), Counter(C)
+    first.increment_once("k", "x", 5, now=0)
+    second.increment_once("k", "x", 5, now=0)
+    first.merge(second.delta(B, 0, 0), 0)
+    by_a, by_b, cancelling = first.deltas({}, 10**6, 0)
+    assert cancelling.requires == ((A, 1), (B, 1))
+    assert not third.merge(cancelling, 0)
+    third.merge(by_b, 0)
+    assert not third.merge(cancelling, 0)
+    assert third.value("x") == 5
+    third.merge(by_a._replace(keys=()), 0)
+    assert third.merge(cancelling, 0)
+    assert third.value("x") == 5
+
+
+def test_of_many_dots_of_one_key_the_smallest_stays():
+    counter, digest = Counter(C), key_digest("k")
+    for replica, amount in ((B, 7), (A, 3), (new_replica(), 9)):
+        counter.merge(Delta(replica, 0, 1, {"x": (1, amount)}, ((1, digest, "x", amount, 0),)), 0)
+    smallest = min(replica for replica in counter.vector() if counter.delta(replica, 0, 0).keys)
+    assert counter.value("x") == counter.delta(smallest, 0, 0).totals["x"][1]
+
+
+def test_a_delta_carries_the_keys_accepted_in_its_range():
+    counter = Counter(A)
+    for number in range(5):
+        counter.increment_once(f"k{number}", "x", 1, now=number)
+    keys = counter.delta(A, 3, now=10).keys
+    assert keys == ((4, key_digest("k3"), "x", 1, 7), (5, key_digest("k4"), "x", 1, 6))
 
 
 def test_waiting_ends_when_the_increment_arrives():
@@ -205,7 +314,7 @@ def test_waiting_ends_when_the_increment_arrives():
     threads = [threading.Thread(target=wait, args=(sequence,)) for sequence in (1, 2, 2)]
     for thread in threads:
         thread.start()
-    counter.merge(Delta(B, 0, 2, {"x": (2, 2)}))
+    counter.merge(Delta(B, 0, 2, {"x": (2, 2)}), 0)
     for thread in threads:
         thread.join(20)
     assert held == [True] * 3
@@ -238,7 +347,7 @@ def test_threads_that_increment_at_once_lose_nothing(tiny_switch_interval):
     for thread in threads:
         thread.join()
     assert sorted(sequence for mine in results for _, sequence, _ in mine) == list(range(1, 4001))
-    assert counter.delta(A, 0).totals.keys() == {"x", "y"}
+    assert counter.delta(A, 0, 0).totals.keys() == {"x", "y"}
     assert (counter.value("x"), counter.value("y"), counter.vector()) == (2000, 2000, {A: 4000})
 
 
@@ -256,9 +365,9 @@ def test_threads_that_merge_and_increment_at_once_agree(tiny_switch_interval):
         try:
             for _ in range(300):
                 sender, receiver = rng.sample(counters, 2)
-                for delta in sender.deltas(receiver.vector(), rng.choice((1, 10**6))):
+                for delta in sender.deltas(receiver.vector(), rng.choice((1, 10**6)), 0):
                     assert delta.through == max(sequence for sequence, _ in delta.totals.values())
-                    receiver.merge(delta)
+                    receiver.merge(delta, 0)
         except Exception as error:
             errors.append(error)
 
@@ -270,8 +379,8 @@ def test_threads_that_merge_and_increment_at_once_agree(tiny_switch_interval):
         thread.join()
     for sender in counters * 2:
         for receiver in counters:
-            for delta in sender.deltas(receiver.vector(), 10**6):
-                receiver.merge(delta)
+            for delta in sender.deltas(receiver.vector(), 10**6, 0):
+                receiver.merge(delta, 0)
     assert not errors
     assert all(counter.vector() == {A: 600, B: 600, C: 600} for counter in counters)
     assert all([counter.value(name) for name in "xyz"] == [900, 900, 900] for counter in counters)

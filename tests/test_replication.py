@@ -13,11 +13,12 @@ from conftest import wait_until
 import replication
 from counter import AMOUNT_MAX, Counter, Delta
 from peers import PeerTable, Sender, View
-from replication import Gossip, Message, Replicator, backoff_s, decode, encode, lacks, vector_hash
+from replication import Gossip, Message, Replicator, Signer, backoff_s, decode, encode, lacks, vector_hash
 
 ME, A, B, C = (f"{letter * 8}-{letter * 4}-8{letter * 3}" for letter in "fabc")
 AT_ME, AT_A, AT_B = (f"10.0.0.{number}:80" for number in range(3))
 NOBODY = View([], [])
+SIGNER = Signer(b"", "counter")
 A_SENDS = Sender(A, AT_A, 1, False)
 
 
@@ -34,7 +35,7 @@ class Half:
         """Have a peer answer a first heartbeat with this vector."""
         self.gossip.swept([address], [], now)
         link = self.gossip.take(now)
-        request = self.gossip.request(link)
+        request = self.gossip.request(link, 0.0)
         self.gossip.answered(link, request, answer(applied or {}, id, address), now)
         return link
 
@@ -45,7 +46,7 @@ def answer(applied=None, id=A, address=AT_A, hash=None, confirms=None, deltas=()
 
 def talk(sender, receiver, link, now):
     """Carry one exchange between two halves."""
-    request = sender.gossip.request(link)
+    request = sender.gossip.request(link, 0.0)
     reply = receiver.gossip.receive(decode(encode(request)), now)
     sender.gossip.answered(link, request, decode(encode(reply)), now)
 
@@ -201,7 +202,7 @@ def test_an_increment_is_due_at_once_and_travels_alone():
     node.counter.increment("x", 5)
     node.gossip.touch(1.0)
     assert node.gossip.take(1.0) is link
-    request = node.gossip.request(link)
+    request = node.gossip.request(link, 0.0)
     assert (request.applied, request.hash, request.deltas) == (None, None, [Delta(ME, 0, 1, {"x": (1, 5)})])
     node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.0)
     assert node.gossip.take(9.0) is None
@@ -214,14 +215,14 @@ def test_what_is_counted_during_a_send_goes_in_the_next_after_a_pause():
     node.counter.increment("x")
     node.gossip.touch(1.0)
     node.gossip.take(1.0)
-    request = node.gossip.request(link)
+    request = node.gossip.request(link, 0.0)
     node.counter.increment("x")
     node.gossip.touch(1.001)
     assert node.gossip.take(1.001) is None
     node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.002)
     assert node.gossip.take(1.002) is None
     assert node.gossip.take(1.0 + replication.PACING_S) is link
-    assert node.gossip.request(link).deltas == [Delta(ME, 1, 2, {"x": (2, 2)})]
+    assert node.gossip.request(link, 0.0).deltas == [Delta(ME, 1, 2, {"x": (2, 2)})]
 
 
 def test_a_push_that_another_send_made_needless_is_not_sent():
@@ -230,7 +231,7 @@ def test_a_push_that_another_send_made_needless_is_not_sent():
     node.counter.increment("x")
     node.gossip.touch(1.0)
     node.gossip.take(1.0)
-    request = node.gossip.request(link)
+    request = node.gossip.request(link, 0.0)
     node.gossip.touch(1.0)
     node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.0)
     assert node.gossip.next_due(1.0) == replication.NEVER
@@ -251,7 +252,7 @@ def test_a_failed_send_is_tried_again_later_and_later():
     assert max(waits[:3]) <= 0.4
     assert 5 < max(waits[10:]) <= 10
     node.gossip.take(now)
-    request = node.gossip.request(link)
+    request = node.gossip.request(link, 0.0)
     assert request.deltas == [Delta(ME, 0, 1, {"x": (1, 1)})]
 
 
@@ -331,7 +332,7 @@ def test_catching_up_in_several_messages_goes_on_until_it_is_done():
     old, new = Half(A, AT_A), Half()
     for number in range(40):
         totals = {f"{'x' * 100}-{n}": (n, 1) for n in range(1, 501)}
-        old.counter.merge(Delta(f"{number:08x}-1111-8111", 0, 500, totals))
+        old.counter.merge(Delta(f"{number:08x}-1111-8111", 0, 500, totals), 0)
     new.gossip.contact([AT_A], 0.0)
     rounds = 0
     while link := new.gossip.take(float(rounds)):
@@ -345,7 +346,7 @@ def test_catching_up_in_several_messages_goes_on_until_it_is_done():
 
 def test_what_the_peer_lacks_follows_at_once():
     node, peer = Half(), Half(A, AT_A)
-    node.counter.merge(Delta(B, 0, 2, {"x": (2, 9)}))
+    node.counter.merge(Delta(B, 0, 2, {"x": (2, 9)}), 0)
     node.counter.increment("x")
     node.gossip.contact([AT_A], 0.0)
     talk(node, peer, node.gossip.take(0.0), 0.0)
@@ -358,11 +359,11 @@ def test_what_the_peer_lacks_follows_at_once():
 def test_a_peer_that_takes_nothing_does_not_make_the_node_spin():
     """Without news the next heartbeat is soon enough, even for a peer that refuses what it lacks."""
     node = Half()
-    node.counter.merge(Delta(B, 0, 2, {"x": (2, 9)}))
+    node.counter.merge(Delta(B, 0, 2, {"x": (2, 9)}), 0)
     node.gossip.contact([AT_A], 0.0)
     sends = 0
     while link := node.gossip.take(float(sends)):
-        node.gossip.answered(link, node.gossip.request(link), answer({}), float(sends))
+        node.gossip.answered(link, node.gossip.request(link, 0.0), answer({}), float(sends))
         sends += 1
         assert sends < 5
     node.gossip.swept([AT_A], [], 10.0)
@@ -373,13 +374,13 @@ def test_long_vectors_that_agreed_are_compared_by_their_hash():
     node, peer = Half(), Half(A, AT_A)
     for number in range(replication.VECTOR_SHORT + 1):
         delta = Delta(f"{number:08x}-1111-8111", 0, 1, {"x": (1, 1)})
-        assert node.counter.merge(delta)
-        assert peer.counter.merge(delta)
+        assert node.counter.merge(delta, 0)
+        assert peer.counter.merge(delta, 0)
     node.gossip.contact([AT_A], 0.0)
     talk(node, peer, node.gossip.take(0.0), 0.0)
     node.gossip.contact([AT_A], 1.0)
     link = node.gossip.take(1.0)
-    assert node.gossip.request(link).hash == vector_hash(node.counter.vector())
+    assert node.gossip.request(link, 0.0).hash == vector_hash(node.counter.vector())
     node.gossip.contact([AT_A], 1.0)
     peer.counter.increment("x", 7)
     talk(node, peer, link, 1.0)
@@ -472,7 +473,8 @@ class PeerHandler(BaseHTTPRequestHandler):
         self.server.bodies.append(body)
         status, answer, headers = self.server.reply(body)
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(answer)), **headers}.items():
+        signature = SIGNER.answer(self.headers[replication.SIGNATURE], answer)
+        for name, value in {"Content-Length": str(len(answer)), replication.SIGNATURE: signature, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(answer)
@@ -492,7 +494,7 @@ def pool():
             thread = threading.Thread(target=peer.serve_forever, args=(0.01,))
             thread.start()
             ending.append(lambda peer=peer, thread=thread: (peer.shutdown(), peer.server_close(), thread.join()))
-        replicator = Replicator(node.gossip, node.table, 80, workers, peer_timeout_s=2.0)
+        replicator = Replicator(node.gossip, node.table, SIGNER, 80, workers, peer_timeout_s=2.0)
         replicator.start()
         ending.insert(0, lambda: replicator.stop(20))
         return node, replicator, peers
@@ -535,6 +537,7 @@ def test_the_pool_looks_up_the_names_of_seeds(pool):
         lambda body: (200, b"{}", {}),
         lambda body: (200, b"not gossip", {"Content-Encoding": "gzip"}),
         lambda body: (200, b"{}", {"Content-Length": "999"}),
+        lambda body: (*good(body)[:2], {replication.SIGNATURE: "0" * 64}),
     ],
 )
 def test_a_peer_that_answers_nonsense_is_tried_again_and_harms_nobody(pool, reply, caplog):
@@ -576,7 +579,7 @@ def test_peers_that_hang_hold_no_worker_that_others_need(pool):
 
 def test_a_worker_survives_a_bug(pool, monkeypatch, caplog):
     node, replicator, (peer,) = pool(good, workers=1)
-    monkeypatch.setattr(node.gossip, "request", lambda link: 1 / 0)
+    monkeypatch.setattr(node.gossip, "request", lambda link, now: 1 / 0)
     replicator.contact([peer.address], [])
     wait_until(lambda: "ZeroDivisionError" in caplog.text)
     monkeypatch.undo()
