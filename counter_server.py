@@ -20,7 +20,6 @@ import json
 import logging
 import math
 import os
-import queue
 import re
 import socket
 import socketserver
@@ -65,6 +64,7 @@ RESERVE_MAX = 64  # connections read beyond --max-connections, to find the peers
 RESERVE_TIMEOUT_S = 1.0  # how long such a connection may take to show that it is a peer's
 WAIT_DEFAULT_S, WAIT_MAX_S = 5.0, 60.0  # of ?timeout=
 LINGER_S = 1.0  # for a client to read the last response
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 STOP_S = 2.0  # for requests in flight, and for threads, when the node stops
 
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,18})\Z", re.ASCII)
@@ -136,10 +136,10 @@ class Node:
 
     def stop(self):
         """Answer what is in flight, hand everything to the peers, say leave, end all threads."""
-        self.server.stop(self._stop_waiting)
+        self.server.stop_serving_clients(self._stop_waiting)
         if self.table.active() and not self.gossip.drain(time.monotonic, self.config.drain_timeout):
             log.warning("stopping: not all peers confirmed everything within --drain-timeout")
-        ended = [self.heartbeat.stop(STOP_S), self.replicator.stop(STOP_S)]
+        ended = [self.heartbeat.stop(STOP_S), self.replicator.stop(STOP_S), self.server.stop()]
         if not all(ended):
             log.warning("stopping: some threads still run")
 
@@ -508,7 +508,7 @@ class Connection(socketserver.BaseRequestHandler):
         latest, action = None, None
         idle_s = RESERVE_TIMEOUT_S if self.kind == RESERVED else IDLE_TIMEOUT_S
         while self._received or self._receive(idle_s):
-            if self._received == latest and not self.server.stopping:
+            if self._received == latest and not self._is_to_end():
                 self._received = b""
                 try:
                     response = action(b"", self)
@@ -518,11 +518,14 @@ class Connection(socketserver.BaseRequestHandler):
                 continue
             received = self._received
             response, keep_alive, action = self._answer_next()
-            if not keep_alive or self.server.stopping:
+            if not keep_alive or self._is_to_end():
                 self._close_with(response)
                 return
             self.request.sendall(response)
             latest, idle_s = received if action else None, IDLE_TIMEOUT_S
+
+    def _is_to_end(self):
+        return self.server.stopping and self.kind != PEER
 
     def _answer_next(self):
         """Read a request; return (response, keep alive, action).
@@ -558,7 +561,8 @@ class Connection(socketserver.BaseRequestHandler):
         head = http1.parse_head(raw)
         self._received = rest
         if self.kind == RESERVED and head.path != replication.PATH:
-            raise Refused(503, "all connections are taken; try again later", [("Retry-After", "1")], close=True)
+            reason = "this node is stopping" if self.server.stopping else "all connections are taken; try again later"
+            raise Refused(503, reason, [("Retry-After", "1")], close=True)
         return head
 
     def _read_body(self, head):
@@ -645,22 +649,30 @@ class Server(ThreadingHTTPServer):
     def start(self):
         self._thread.start()
 
-    def stop(self, release_waiting):
-        """Accept nothing more, let requests in flight be answered, and end the threads.
+    def stop_serving_clients(self, release_waiting):
+        """Let the requests of clients that are in flight be answered; from then on serve peers only.
 
         `release_waiting` lets those go who wait in an action.
         """
         self.stopping = True
-        self.shutdown()
-        self._thread.join(STOP_S)
-        self.server_close()
         release_waiting()
+        self._end_connections(CLIENT)
+
+    def stop(self):
+        """Stop listening, end all threads, and return whether they did end."""
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+        return self._end_connections(CLIENT, RESERVED, PEER)
+
+    def _end_connections(self, *kinds):
+        """Have connections end after the request they are in; return whether they did in time."""
         with self._changed:
-            for sock, _ in self._open.values():
-                with contextlib.suppress(OSError):  # it has just been closed
-                    sock.shutdown(socket.SHUT_RD)  # what was received can still be read
-            if not self._changed.wait_for(lambda: not self._open, STOP_S):
-                log.warning("stopping: requests still in flight=%d", len(self._open))
+            for sock, kind in self._open.values():
+                if kind in kinds:
+                    with contextlib.suppress(OSError):  # it has just been closed
+                        sock.shutdown(socket.SHUT_RD)  # what was received can still be read
+            return self._changed.wait_for(lambda: not any(self._numbers[kind] for kind in kinds), STOP_S)
 
     def get_request(self):
         try:
@@ -690,7 +702,7 @@ class Server(ThreadingHTTPServer):
     def _admit(self):
         """Return the kind of a new connection, counted from now on; None if there is no place."""
         with self._changed:
-            kind = CLIENT if self._numbers[CLIENT] < self._clients_max else RESERVED
+            kind = CLIENT if self._numbers[CLIENT] < self._clients_max and not self.stopping else RESERVED
             if kind == RESERVED and not self._changed.wait_for(self._has_reserve_locked, RESERVE_TIMEOUT_S):
                 return None
             self._numbers[kind] += 1
@@ -839,9 +851,9 @@ def main(arguments=None):
     logging.raiseExceptions = False  # a full disk behind stderr is no reason for tracebacks
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of every quick try
-    signals = queue.SimpleQueue()  # its put() may be called by a signal handler at any moment
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _frame: signals.put(number))
+    # Blocked here and so in every thread to come, a signal waits for sigwait(), whatever runs.
+    # With handlers instead the kernel may pick any thread, and the main thread may sleep on.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         node = Node(config)
     except OSError as error:
@@ -849,9 +861,8 @@ def main(arguments=None):
         return 1
     node.start()
     log.info("listening: addr=%s id=%s", join_address(node.server.server_address[0], node.port), node.counter.replica)
-    number = signals.get()
-    for again in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(again, signal.SIG_DFL)  # a second one ends the process at once
+    number = signal.sigwait(STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a second one ends the process at once
     log.info("stopping: signal=%s", signal.Signals(number).name)
     node.stop()
     return 0

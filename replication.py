@@ -287,6 +287,7 @@ class Gossip:
             for link in list(self._links.values()):
                 if link.address not in addresses and link not in self._pending and now - link.started > LINK_IDLE_S:
                     del self._links[link.address]
+            self._confirming.notify_all()  # nobody is to wait for a peer that is gone
 
     def _link_locked(self, address):
         link = self._links.get(address)
@@ -511,11 +512,11 @@ class Gossip:
     def drain(self, clock, timeout_s):
         """Tell all active peers everything and that this node leaves; return whether all confirmed."""
         self._table.leave()
-        addresses = [address for _, address in self._table.active()]
-        self.swept(addresses, [], clock())
+        mine = self._counter.vector()  # what peers tell it from now on they hold anyway
+        self.swept([address for _, address in self._table.active()], [], clock())
         deadline = clock() + timeout_s
         while True:
-            mine = self._counter.vector()
+            addresses = [address for _, address in self._table.active()]  # some may leave as well
             with self._lock:
                 links = map(self._link_locked, addresses)
                 if all(link.told_leaving and not lacks(link.confirmed or {}, mine) for link in links):

@@ -54,9 +54,9 @@ class NodeProcess:
     def stderr(self):
         return os.pread(self.log.fileno(), 2**20, 0).decode()
 
-    def ask(self, method, path, body=None, headers=None):
+    def ask(self, method, path, body=None, headers=None, timeout_s=10):
         """Return the Answer to one request; OSError or HTTPException if there is none."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         with contextlib.closing(connection):
             connection.request(method, path, body, headers or {})
             return Answer(connection.getresponse())
@@ -87,6 +87,18 @@ class NodeProcess:
         """Stop it as an operator does; return the exit status."""
         self.process.terminate()
         return self.process.wait(timeout_s)
+
+
+    def end(self):
+        """Make sure that it has ended."""
+        if self.process.poll() is None:
+            self.send_signal(signal.SIGCONT)
+            self.process.terminate()
+        try:
+            self.process.wait(10)
+        finally:
+            self.kill()
+            self.log.close()
 
 
 @pytest.fixture
