@@ -101,6 +101,7 @@ class Counter:
         self._values = {}  # name -> the sum of its totals over all replicas
         self._vector = {}  # the copy of _applied last handed out; None once out of date
         self._waiting = {}  # replica -> [(sequence, threading.Event)]: who waits for a dot
+        self._impatient = False  # nobody is to wait any more
         # replica -> {sequence: (digest, name, amount, when it was accepted)}, by sequence
         self._accepted = {}
         self._dot_of = {}  # digest -> (replica, sequence): the smallest dot seen of that key
@@ -157,7 +158,14 @@ class Counter:
         self._applied[replica] = sequence
         self._vector = None
         self._values[name] = value = value + amount
+        if self._waiting:
+            self._wake_locked(replica, sequence)
         return replica, sequence, value
+
+    def _wake_locked(self, replica, through):
+        for sequence, event in self._waiting.get(replica, ()):
+            if sequence <= through:
+                event.set()
 
     def _remember_locked(self, replica, sequence, accepted):
         self._accepted.setdefault(replica, {})[sequence] = accepted
@@ -194,8 +202,8 @@ class Counter:
         """Wait until this dot is applied here; return whether it is."""
         event = threading.Event()
         with self._lock:
-            if self._applied.get(replica, 0) >= sequence:
-                return True
+            if self._impatient or self._applied.get(replica, 0) >= sequence:
+                return self._applied.get(replica, 0) >= sequence
             self._waiting.setdefault(replica, []).append((sequence, event))
         event.wait(timeout_s)
         with self._lock:
@@ -206,8 +214,9 @@ class Counter:
             return self._applied.get(replica, 0) >= sequence
 
     def stop_waiting(self):
-        """Let everyone go who is in wait_until_held now: the node is stopping."""
+        """Let everyone go who waits in wait_until_held, now and from now on: the node is stopping."""
         with self._lock:
+            self._impatient = True
             waiting = [entry for entries in self._waiting.values() for entry in entries]
         for _, event in waiting:
             event.set()
@@ -283,9 +292,7 @@ class Counter:
         self._vector = None
         if requires:
             self._requires[replica] = requires
-        for sequence, event in self._waiting.get(replica, ()):
-            if sequence <= through:
-                event.set()
+        self._wake_locked(replica, through)
         for sequence, digest, name, amount, age_s in sorted(keys):
             if sequence > held:
                 self._remember_locked(replica, sequence, (digest, name, amount, now - age_s))

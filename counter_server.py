@@ -61,7 +61,7 @@ IDLE_TIMEOUT_S = 60.0
 SEND_TIMEOUT_S = 30.0
 CLIENT, PEER, RESERVED = "client", "peer", "reserved"  # kinds of connections
 RESERVE_MAX = 64  # connections read beyond --max-connections, to find the peers among them
-RESERVE_TIMEOUT_S = 1.0  # how long such a connection may take to show that it is a peer's
+RESERVE_TIMEOUT_S = 2.0  # for each part of the request by which such a connection shows to be a peer's
 WAIT_DEFAULT_S, WAIT_MAX_S = 5.0, 60.0  # of ?timeout=
 LINGER_S = 1.0  # for a client to read the last response
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
@@ -102,7 +102,7 @@ class Config:
 class Node:
     """One member of the cluster, whole: state, threads and listening socket.
 
-    Raises OSError if it cannot listen.
+    Raises OSError if it cannot listen, UnicodeError if its host cannot be a name.
     """
 
     def __init__(self, config):
@@ -127,6 +127,7 @@ class Node:
         self.replicator = Replicator(
             self.gossip, self.table, self.signer, self.port, config.retry_workers, config.peer_timeout
         )  # fmt: skip
+        self._ready = False  # once it is ready, a node stays so
         self.heartbeat = Heartbeat(self.table, config.heartbeat_interval, self.replicator.contact)
 
     def start(self):
@@ -148,12 +149,11 @@ class Node:
         self.gossip.stop_waiting()
 
     def readiness(self):
-        """Return (ready, alone): whether this node has caught up with a peer or has none to expect."""
-        if self.gossip.caught_up:
-            return True, not self.table.active()
+        """Return (ready, alone): whether this node has caught up with a peer, or has none to expect."""
+        alone = not self.table.active()
         waited = time.monotonic() - self.started > self.config.join_timeout
-        alone = not self.table.active() and (waited or not self.table.has_foreign_seed())
-        return alone, alone
+        self._ready = self._ready or self.gossip.caught_up or alone and (waited or not self.config.peers)
+        return self._ready, alone
 
 
 class Api:
@@ -362,7 +362,7 @@ class Api:
         except ValueError as error:
             raise Refused(400, str(error)) from None
         node = self._node
-        if node.table.address is None:
+        if node.table.address is None and message.sender.id != node.counter.replica:
             node.table.advertise(join_address(connection.local_host(), node.port))
         answer = node.gossip.receive(message, time.monotonic())
         node.server.recognise_peer(connection)
@@ -522,10 +522,10 @@ class Connection(socketserver.BaseRequestHandler):
                 self._close_with(response)
                 return
             self.request.sendall(response)
-            latest, idle_s = received if action else None, IDLE_TIMEOUT_S
+            latest = received if action else None
 
     def _is_to_end(self):
-        return self.server.stopping and self.kind != PEER
+        return self.kind == RESERVED or self.server.stopping and self.kind != PEER
 
     def _answer_next(self):
         """Read a request; return (response, keep alive, action).
@@ -534,8 +534,11 @@ class Connection(socketserver.BaseRequestHandler):
         """
         received, head, action = self._received, None, None
         try:
-            head = self._read_head()
-            repeats = received.endswith(b"\r\n\r\n") and not self._received and not head.length
+            head, raw = self._read_head()
+            repeats = received == raw + b"\r\n\r\n" and not head.length
+            if self.kind == RESERVED and head.path != replication.PATH:
+                reason = "this node is stopping" if self.server.stopping else "all connections are taken"
+                raise Refused(503, f"{reason}; try again later", [("Retry-After", "1")], close=True)
             body = self._read_body(head)
             action = self.server.api.action(head)
             response, close = action(body, self), False
@@ -551,19 +554,18 @@ class Connection(socketserver.BaseRequestHandler):
         return response, head.keep_alive and not close, action if repeats else None
 
     def _read_head(self):
+        """Return the Head of the next request, and the bytes it was parsed from."""
         deadline = time.monotonic() + (RESERVE_TIMEOUT_S if self.kind == RESERVED else HEAD_TIMEOUT_S)
         while True:
             self._received = self._received.removeprefix(b"\r\n")  # RFC 9112 section 2.2
             raw, end, rest = self._received.partition(b"\r\n\r\n")
-            if end or len(raw) > http1.HEAD_MAX or b"\r\n" not in raw and len(raw) > http1.LINE_MAX:
+            # Up to 3 bytes of the end of the head, or 1 of the line's, may be among them.
+            if end or len(raw) > http1.HEAD_MAX + 3 or b"\r\n" not in raw and len(raw) > http1.LINE_MAX + 1:
                 break
             self._receive_by(deadline, "the head of the request took too long")
         head = http1.parse_head(raw)
         self._received = rest
-        if self.kind == RESERVED and head.path != replication.PATH:
-            reason = "this node is stopping" if self.server.stopping else "all connections are taken; try again later"
-            raise Refused(503, reason, [("Retry-After", "1")], close=True)
-        return head
+        return head, raw
 
     def _read_body(self, head):
         size_max = replication.BODY_MAX if head.path == replication.PATH else BODY_MAX
@@ -571,7 +573,7 @@ class Connection(socketserver.BaseRequestHandler):
             raise Refused(413, f"the body may have at most {size_max} bytes", close=True)
         if head.expects_continue and len(self._received) < head.length:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        deadline = time.monotonic() + BODY_TIMEOUT_S
+        deadline = time.monotonic() + (RESERVE_TIMEOUT_S if self.kind == RESERVED else BODY_TIMEOUT_S)
         chunks, missing = [self._received], head.length - len(self._received)
         while missing > 0:
             self._received = b""
@@ -625,6 +627,7 @@ class Server(ThreadingHTTPServer):
     """
 
     request_queue_size = BACKLOG
+    allow_reuse_port = False  # or two nodes could take the same port
 
     def __init__(self, config, api):
         self.api = api
@@ -702,14 +705,17 @@ class Server(ThreadingHTTPServer):
     def _admit(self):
         """Return the kind of a new connection, counted from now on; None if there is no place."""
         with self._changed:
-            kind = CLIENT if self._numbers[CLIENT] < self._clients_max and not self.stopping else RESERVED
-            if kind == RESERVED and not self._changed.wait_for(self._has_reserve_locked, RESERVE_TIMEOUT_S):
+            if not self._changed.wait_for(self._free_locked, RESERVE_TIMEOUT_S):
                 return None
+            kind = self._free_locked()
             self._numbers[kind] += 1
             return kind
 
-    def _has_reserve_locked(self):
-        return self._numbers[RESERVED] < RESERVE_MAX
+    def _free_locked(self):
+        """Return a kind of which there may be one connection more; None if there is none."""
+        if self._numbers[CLIENT] < self._clients_max and not self.stopping:
+            return CLIENT
+        return RESERVED if self._numbers[RESERVED] < RESERVE_MAX else None
 
     def _serve(self, sock, address, kind):
         try:
@@ -765,9 +771,9 @@ def parse_arguments(arguments):
     trust("--cluster", default="counter", metavar="NAME", help="nodes of another cluster are not talked to")
     trust("--insecure", action="store_true", help="listen beyond loopback without a secret")
     limits = parser.add_argument_group("limits").add_argument
-    limits("--max-counters", type=_integer(1, 10**9), default=100_000, metavar="N", help="counters created here")
+    limits("--max-counters", type=_integer(1, 10**6), default=100_000, metavar="N", help="counters created here")
     limits("--idempotency-window", type=_seconds(0.001), default=3600.0, metavar="S", help="how long keys are kept")
-    limits("--max-idempotency-keys", type=_integer(1, 10**9), default=1_000_000, metavar="N", help="keys kept at once")
+    limits("--max-idempotency-keys", type=_integer(1, 10**6), default=1_000_000, metavar="N", help="keys kept at once")
     cluster = parser.add_argument_group("cluster").add_argument
     cluster("--peers", type=_addresses, action="extend", default=[], metavar="HOST:PORT,...",
             help="nodes to join through; repeatable")  # fmt: skip
@@ -778,7 +784,7 @@ def parse_arguments(arguments):
     retry = parser.add_argument_group("replication").add_argument
     retry("--retry-backoff", type=_seconds(0.001), default=0.1, metavar="S", help="first backoff, at most")
     retry("--retry-backoff-max", type=_seconds(0.001), default=10.0, metavar="S", help="longest backoff")
-    retry("--retry-workers", type=_integer(1, 256), default=4, metavar="N", help="threads that send to peers")
+    retry("--retry-workers", type=_integer(2, 256), default=4, metavar="N", help="threads that send to peers")
     retry("--drain-timeout", type=_seconds(0), default=5.0, metavar="S", help="to hand over to the peers when stopping")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="to stderr")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -797,7 +803,7 @@ def parse_arguments(arguments):
 def _is_loopback(host, parser):
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         parser.error(f"argument --host: {host}: {error}")
     return all(ipaddress.ip_address(info[4][0].partition("%")[0]).is_loopback for info in found)
 
@@ -856,7 +862,7 @@ def main(arguments=None):
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         node = Node(config)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         print(f"counter_server.py: cannot listen on {config.host} port {config.port}: {error}", file=sys.stderr)
         return 1
     node.start()

@@ -18,8 +18,9 @@ HEAD_MAX = 32 * 1024  # bytes of a head
 HEAD_LINES_MAX = 100
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
-_HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\x80-\xff\t]*?)[ \t]*")
-_ABSOLUTE = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+_HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\x20-\x7e\x80-\xff\t]*)")
+_HOST = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
+_ABSOLUTE = re.compile(r"\Ahttps?://[^/?#]*", re.IGNORECASE)
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 # Of these one line is allowed: two could be read differently by the next program.
 _SINGLE = {"host", "content-length", "transfer-encoding", "idempotency-key", "origin", "sec-fetch-site"}
@@ -61,9 +62,11 @@ def parse_head(head):
     headers = _parse_headers(lines[1:])
     if minor != b"0" and "host" not in headers:
         raise Refused(400, "an HTTP/1.1 request needs a Host header", close=True)
+    if not _HOST.fullmatch(headers.get("host", "")):
+        raise Refused(400, "the Host header is no HOST or HOST:PORT", close=True)
     path, _, query = _ABSOLUTE.sub("", target.decode(), count=1).partition("?")
     length = _content_length(headers)
-    expects_continue = _expects_continue(headers)
+    expects_continue = minor != b"0" and _expects_continue(headers)  # HTTP/1.0 knows no such thing
     options = {option.strip().lower() for option in headers.get("connection", "").split(",")}
     keep_alive = "close" not in options and (minor != b"0" or "keep-alive" in options)
     return Head(method.decode(), path, query, headers, length, keep_alive, minor == b"0", expects_continue)
@@ -75,7 +78,7 @@ def _parse_headers(lines):
         match = _HEADER_LINE.fullmatch(line)
         if not match:
             raise Refused(400, "malformed header line; send NAME: VALUE, ended by CR LF", close=True)
-        name, value = match[1].decode().lower(), match[2].decode("latin-1")
+        name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
         if name in headers:
             if name in _SINGLE:
                 raise Refused(400, f"send the header {name} only once", close=True)

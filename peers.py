@@ -44,7 +44,7 @@ def parse_address(text):
     host, colon, port = text.strip().rpartition(":")
     if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise ValueError(f"{text!r} is not HOST:PORT")
-    if host.startswith("[") and host.endswith("]"):
+    if host.startswith("[") and host.endswith("]") and "%" not in host:  # a zone means nothing elsewhere
         return f"[{ipaddress.IPv6Address(host[1:-1]).compressed}]:{int(port)}"
     if not _HOST.match(host.lower()):
         raise ValueError(f"{text!r} is not HOST:PORT (IPv6 goes in brackets)")
@@ -163,11 +163,6 @@ class PeerTable:
             listed = self._in_state_locked(ACTIVE, LOST)
             return [(peer.id, peer.address, peer.state, max(0.0, now - peer.heard)) for peer in listed]
 
-    def has_foreign_seed(self):
-        """Return whether some seed is, or may still turn out to be, another node."""
-        with self._lock:
-            return any(self._answerers_locked(seed) != {self._id} for seed in self._seeds)
-
     def sweep(self, now):
         """Raise the beat, drop the silent, and return whom to contact now, as a Sweep."""
         with self._lock:
@@ -185,6 +180,7 @@ class PeerTable:
             lost = sorted(self._in_state_locked(LOST), key=lambda peer: peer.heard)
             for peer in lost[:-LOST_MAX]:
                 self._forget_locked(peer.id, peer.beat)
+            self._answered = {a: id for a, id in self._answered.items() if id in self._peers or id == self._id}
             self._left = {id: until for id, until in self._left.items() if now < until}
             return Sweep(self._beats_locked() + self._probes_locked(now), self._unmet_seeds_locked(now), changes)
 
@@ -229,7 +225,8 @@ class PeerTable:
             for seed in self._seeds:
                 if seed.name == name:
                     seed.addresses = tuple(addresses)
-            return [address for address in addresses if self._answered.get(address) != self._id]
+            # One that led to this node before may lead to another now: it may be a load balancer's.
+            return [address for address in addresses if address != self._address]
 
     def heard(self, sender, view, now, answered_at=None):
         """Take in what a message says; return (addresses to contact at once, [Change]).
@@ -254,12 +251,7 @@ class PeerTable:
 
     def _sender_locked(self, sender, now, answered_at, contact, changes):
         if answered_at:
-            owner = self._peers.get(self._answered.get(answered_at))
-            self._answered[answered_at] = sender.id
-            if owner and owner.id != sender.id and owner.address == answered_at:
-                # Another process lives there now.
-                changes.append(Change("restarted", owner.id, owner.address))
-                self._forget_locked(owner.id, NEVER)
+            self._owner_locked(answered_at, sender.id, changes)
         if sender.leaving:
             self._departure_locked(sender.id, now, changes)
         peer = self._peers.get(sender.id)
@@ -278,6 +270,17 @@ class PeerTable:
             return
         changes.append(Change("back" if peer.state == LOST else "joined", peer.id, peer.address))
         peer.state = ACTIVE
+
+    def _owner_locked(self, address, id, changes):
+        """Take note that this id answered at an address: no other one lives there."""
+        former = self._answered.get(address)
+        self._answered[address] = id
+        for peer in [peer for peer in self._peers.values() if peer.address == address and peer.id != id]:
+            if peer.id == former:
+                changes.append(Change("restarted", peer.id, address))
+            if peer.id == former or peer.state != ACTIVE:
+                # Only a greater beat can bring it back: if it lives after all, it has one.
+                self._forget_locked(peer.id, peer.beat)
 
     def _rumour_locked(self, id, address, beat, now, contact, changes):
         peer = self._peers.get(id)

@@ -37,7 +37,7 @@ log = logging.getLogger("counter.replication")
 
 PATH = "/internal/gossip"
 SIGNATURE = "Counter-Signature"  # the header of a request, and of its answer
-BODY_MAX = 64 * 2**20  # bytes of a message; only a single replica's delta can come near
+BODY_MAX = 256 * 2**20  # bytes of a message; a single replica's delta with a million keys needs them
 DELTAS_MAX = 2**20  # bytes of deltas in a message of several replicas, roughly
 VECTOR_SHORT = 16  # replicas; a longer vector is compared by its hash first
 BEAT_MAX = 2**53
@@ -46,6 +46,7 @@ PACING_S = 0.005  # between two pushes to one peer, times the peers pushed to
 LINK_IDLE_S = 60.0  # a link not used for so long is closed
 CONNECT_TIMEOUT_S = 1.0
 ANSWER_TIMEOUT_S = 30.0  # for a whole answer, however slowly it trickles in
+SLOWEST_LINK = 100_000  # bytes per second for which a long message is given time
 NEVER = float("inf")
 _DIGEST = re.compile("[0-9a-f]{32}\\Z")
 
@@ -155,7 +156,7 @@ def _checked(message):
     sender, view, applied, hash, confirms, deltas = message
     _require(REPLICA.match(sender.id) and type(sender.leaving) is bool, "its sender")
     _require(_is_int(sender.beat, 0, BEAT_MAX), "a beat")
-    sender = sender._replace(address=sender.address and parse_address(sender.address))
+    sender = sender._replace(address=None if sender.address is None else parse_address(sender.address))
     peers = [(id, parse_address(address), beat) for id, address, beat in _list(view.peers)]
     _require(all(REPLICA.match(id) and _is_int(beat, 0, BEAT_MAX) for id, _, beat in peers), "its view")
     _require(all(map(REPLICA.match, _list(view.left))), "its view")
@@ -211,6 +212,10 @@ class _Link:
         self.agreed = False  # the vectors were equal when they were last compared
         self.told_leaving = False  # it has answered a message that said this node is leaving
         self.session = None
+
+    def doubtful(self):
+        """Return whether sending may well take until its timeout: looking up a name has none."""
+        return self.failures > 0 or self.is_seed
 
     def holds(self, replica, sequence):
         """Return whether the peer is known to hold a dot; its own it holds anyway."""
@@ -342,11 +347,11 @@ class Gossip:
 
     def _take_locked(self, now):
         due = [link for link in self._pending if link.due <= now and not link.in_flight]
-        if sum(link.in_flight and link.failures > 0 for link in self._pending) >= self._doubtful_max:
-            due = [link for link in due if not link.failures]
+        if sum(link.in_flight and link.doubtful() for link in self._pending) >= self._doubtful_max:
+            due = [link for link in due if not link.doubtful()]
         if not due:
             return None
-        link = min(due, key=lambda link: (link.failures > 0, link.due))
+        link = min(due, key=lambda link: (link.doubtful(), link.due))
         link.in_flight, link.due, link.started = True, NEVER, now
         self._touched = False
         return link
@@ -357,21 +362,27 @@ class Gossip:
         vector, replica = self._counter.vector(), self._counter.replica
         with self._lock:
             known, agreed = link.confirmed, link.agreed
+            failing = link.failures > 0
             compare, link.compare = link.compare or known is None, False
         if compare:
-            deltas = self._counter.deltas(known, DELTAS_MAX, now) if known is not None else []
+            # After a failure it is enough to find out what the peer holds: it may have arrived.
+            deltas = self._counter.deltas(known, DELTAS_MAX, now) if known is not None and not failing else []
             hash = vector_hash(vector) if agreed and len(vector) > VECTOR_SHORT else None
             return Message(sender, view, vector, hash, None, deltas)
         delta = self._counter.delta(replica, known.get(replica, 0), now)
         return Message(sender, view, None, None, None, [delta]) if delta else None
 
     def answered(self, link, request, answer, now):
-        """Take in the answer to a request that was sent over a link; the link is free again."""
+        """Take in the answer to a request that was sent over a link; the link is free again.
+
+        Raises ValueError if it does not answer the request, and then has changed nothing.
+        """
+        if request.applied is not None and answer.applied is None and answer.hash is None:
+            raise ValueError("the answer to a heartbeat lacks a vector")
         contact, changes = self._table.heard(answer.sender, answer.view, now, answered_at=link.address)
         merged = self._merge(answer, now)
         mine, replica = self._counter.vector(), self._counter.replica
         with self._lock:
-            recovered, link.failures, link.retry_at = link.failures > 0, 0, -NEVER
             link.told_leaving = request.sender.leaving
             before = link.confirmed if link.peer == answer.sender.id else None
             link.peer = answer.sender.id
@@ -379,10 +390,15 @@ class Gossip:
             if request.applied is not None:
                 link.agreed = link.confirmed == request.applied
                 self._caught_up = self._caught_up or (link.peer != replica and not lacks(mine, link.confirmed))
+            news = merged or link.confirmed != before or request.hash is not None
+            recovered = link.failures > 0 and (news or not request.deltas)
+            if news or not request.deltas:
+                link.failures, link.retry_at = 0, -NEVER
+            else:  # it answers, but takes nothing
+                self._back_off_locked(link, now)
             self._release_locked(link)
             if link.peer != replica:
-                news = merged or link.confirmed != before or request.hash is not None
-                self._follow_up_locked(link, request, mine, replica, news, now)
+                self._follow_up_locked(link, request, mine, replica, news or recovered, now)
             self._confirming.notify_all()
         if recovered:
             log.info("recovered: addr=%s", link.address)
@@ -406,7 +422,10 @@ class Gossip:
             # Compared with what was held as the request was cut: of what arrived since, its
             # own node tells the peer.  Without news the next heartbeat is soon enough.
             link.compare = link.compare or lacks(mine, confirmed) or lacks(confirmed, request.applied)
-        if link.compare or (link in self._pushed and confirmed.get(replica, 0) < mine.get(replica, 0)):
+        # Asked of the counter anew: `mine` may be older than the latest touch().  This look-up
+        # takes no lock.
+        unpushed = confirmed is not None and self._counter.holds(replica, confirmed.get(replica, 0) + 1)
+        if link.compare or (unpushed and link in self._pushed):
             self._schedule_push_locked(link, now)
         elif link.due != NEVER:  # it has confirmed already what it was to be told
             link.due = NEVER
@@ -415,15 +434,18 @@ class Gossip:
     def failed(self, link, error, now):
         """Take note that a send came to nothing; the link is free again."""
         with self._lock:
-            link.failures += 1
-            failures = link.failures
-            link.retry_at = now + backoff_s(failures, self._backoff_s, self._backoff_max_s, self._rng)
+            failures = self._back_off_locked(link, now)
             link.compare, link.due = True, NEVER
             self._release_locked(link)
             if link in self._pushed:  # others are tried again by the sweeps alone
                 self._schedule_locked(link, link.retry_at)
         # A peer that stays down is one line, not one per try.
         log.log(logging.WARNING if failures == 1 else logging.DEBUG, "retrying: addr=%s error=%s", link.address, _cause(error))
+
+    def _back_off_locked(self, link, now):
+        link.failures += 1
+        link.retry_at = now + backoff_s(link.failures, self._backoff_s, self._backoff_max_s, self._rng)
+        return link.failures
 
     def released(self, link):
         """Take note that there was nothing to send; the link is free again."""
@@ -446,10 +468,14 @@ class Gossip:
         mine = self._counter.vector()
         with self._lock:
             link = self._links.get(message.sender.address)
-            if link:
-                link.retry_at = -NEVER  # whoever sends can be reached again, most likely
-                if message.applied is not None and link.peer == message.sender.id:
+            compares = message.applied is not None or message.hash is not None
+            if link and compares:
+                link.retry_at = -NEVER  # whoever sends heartbeats can be reached again, most likely
+            if message.applied is not None:
+                self._caught_up = self._caught_up or not lacks(mine, message.applied)
+                if link and link.peer == message.sender.id:
                     link.confirmed = message.applied
+                    self._confirming.notify_all()
         self._membership_changed(contact, changes, now)
         sender, view = self._table.describe()
         confirms = {delta.replica: mine.get(delta.replica, 0) for delta in message.deltas} or None
@@ -574,26 +600,27 @@ class Replicator:
         host, port = split_address(link.address)
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: it cannot be a name at all
             self._gossip.failed(link, error, self._clock())
             return
-        addresses = list(dict.fromkeys(join_address(info[4][0], port) for info in found))
+        hosts = dict.fromkeys(info[4][0] for info in found)
+        addresses = [join_address(host, port) for host in hosts if "%" not in host]
         self._gossip.released(link)
         self._gossip.contact(self._table.resolved(link.address, addresses), self._clock())
 
     def _exchange(self, link):
         try:
-            if self._table.address is None:
-                self._table.advertise(join_address(_local_host_towards(link.address), self._port))
             request = self._gossip.request(link, self._clock())
             if request is None:
                 self._gossip.released(link)
                 return
             answer = decode(self._post(link, encode(request)))
+            self._gossip.answered(link, request, answer, self._clock())
+            if self._table.address is None and answer.sender.id != request.sender.id:
+                self._table.advertise(join_address(_local_host_towards(link.address), self._port))
+                self._gossip.contact([link.address], self._clock())
         except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:
             self._gossip.failed(link, error, self._clock())
-        else:
-            self._gossip.answered(link, request, answer, self._clock())
 
     def _post(self, link, body):
         """Return the body of the answer; OSError, HTTPError or ValueError if there is no good one."""
@@ -601,9 +628,11 @@ class Replicator:
             link.session = _new_session()
         deadline = self._clock() + ANSWER_TIMEOUT_S
         signature = self._signer.request(body)
+        # On a new connection the first counts for sending the body as well.
+        timeouts_s = tuple(seconds + min(ANSWER_TIMEOUT_S, len(body) / SLOWEST_LINK) for seconds in self._timeouts_s)
         with link.session.post(
             f"http://{link.address}{PATH}", body, headers={SIGNATURE: signature},
-            timeout=self._timeouts_s, stream=True, allow_redirects=False,
+            timeout=timeouts_s, stream=True, allow_redirects=False,
         ) as response:  # fmt: skip
             answer = bytearray()
             while chunk := response.raw.read1(2**20):

@@ -90,7 +90,7 @@ class NodeProcess:
 
 
     def end(self):
-        """Make sure that it has ended."""
+        """Make sure that it has ended, and has printed no traceback."""
         if self.process.poll() is None:
             self.send_signal(signal.SIGCONT)
             self.process.terminate()
@@ -98,7 +98,8 @@ class NodeProcess:
             self.process.wait(10)
         finally:
             self.kill()
-            self.log.close()
+            with self.log:
+                assert "Traceback" not in self.stderr()
 
 
 @pytest.fixture
@@ -114,15 +115,9 @@ def start_node():
     for node in nodes:
         if node.process.poll() is None:
             node.send_signal(signal.SIGCONT)
-            node.process.terminate()
+            node.process.terminate()  # all at once
     for node in nodes:
-        try:
-            node.process.wait(10)
-        except subprocess.TimeoutExpired:
-            node.kill()
-            raise
-        with node.log:
-            assert "Traceback" not in node.stderr()
+        node.end()
 
 
 @pytest.fixture

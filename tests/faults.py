@@ -30,6 +30,8 @@ class BadNetwork:
     def start(self, position, *arguments, seeds=None):
         """Start a node behind its proxy; by default it joins through the proxies of all others."""
         seeds = [proxy for proxy in self.proxies if proxy.position != position] if seeds is None else seeds
+        if self.nodes[position]:
+            self.nodes[position].end()
         node = NodeProcess("--advertise", self.proxies[position].address, *arguments, peers=seeds)
         self.nodes[position] = node
         self.lives[node.get("/peers")["self"]["id"]] = position
@@ -43,7 +45,10 @@ class BadNetwork:
         self.cut = set()
 
     def close(self):
+        """End the nodes and the proxies."""
         self.over.set()
+        for node in filter(None, self.nodes):
+            node.end()
         for proxy in self.proxies:
             proxy.close()
 

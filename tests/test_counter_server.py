@@ -1164,3 +1164,11 @@ def test_a_node_whose_port_is_taken_does_not_start():
         ended = run("--port", port)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
     assert port in ended.stderr
+
+
+def test_a_node_whose_host_is_no_name_does_not_start():
+    """The process ends with an error and one line that names the host, also where it may listen anywhere."""
+    ended = run("--port", "0", "--insecure", "--host", "a..b")
+    assert ended.returncode in (1, 2)
+    assert (ended.stdout, ended.stderr.count("\n")) == ("", 1)
+    assert "a..b" in ended.stderr

@@ -101,6 +101,7 @@ def test_what_is_no_message_is_refused(body):
         with_sender(id=A + "\n"),
         with_sender(address="x"),
         with_sender(address=5),
+        with_sender(address=[]),
         with_sender(beat=-1),
         with_sender(beat=1.5),
         with_sender(beat=True),
@@ -253,7 +254,10 @@ def test_a_failed_send_is_tried_again_later_and_later():
     assert 5 < max(waits[10:]) <= 10
     node.gossip.take(now)
     request = node.gossip.request(link, 0.0)
-    assert request.deltas == [Delta(ME, 0, 1, {"x": (1, 1)})]
+    assert (request.applied, request.deltas) == ({ME: 1}, [])  # did it arrive after all?
+    node.gossip.answered(link, request, answer({}), now)
+    assert node.gossip.take(now + 1) is link
+    assert node.gossip.request(link, now).deltas == [Delta(ME, 0, 1, {"x": (1, 1)})]
 
 
 def test_a_peer_that_stays_down_is_one_line(caplog):
@@ -368,6 +372,63 @@ def test_a_peer_that_takes_nothing_does_not_make_the_node_spin():
         assert sends < 5
     node.gossip.swept([AT_A], [], 10.0)
     assert node.gossip.take(10.0)
+
+
+def test_a_peer_that_answers_but_takes_nothing_is_pushed_to_less_and_less():
+    node = Half()
+    link, sends, now = node.meet(), 0, 1.0
+    node.counter.increment("x")
+    node.gossip.touch(now)
+    while now < 100:
+        if node.gossip.take(now):
+            node.gossip.answered(link, node.gossip.request(link, now), answer({}, confirms={}), now)
+            sends += 1
+        now = min(100, node.gossip.next_due(now))
+    assert 10 < sends < 150
+
+
+def test_an_increment_that_arrives_as_its_predecessor_is_confirmed_is_not_forgotten(monkeypatch):
+    node = Half()
+    link = node.meet()
+    node.counter.increment("x")
+    node.gossip.touch(1.0)
+    node.gossip.take(1.0)
+    request = node.gossip.request(link, 1.0)
+    vector = node.counter.vector
+
+    def vector_and_an_increment():
+        before = vector()
+        node.counter.increment("x")
+        node.gossip.touch(1.0)
+        return before
+
+    monkeypatch.setattr(node.counter, "vector", vector_and_an_increment)
+    node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.0)
+    assert node.gossip.take(2.0) is link
+
+
+def test_a_peer_that_cannot_be_dialled_is_dialled_once_a_heartbeat_at_most():
+    node = Half()
+    link, tries = node.meet(), 0
+    for step in range(100):
+        now = 1 + step / 100
+        message = Message(Sender(A, AT_A, step + 2, False), NOBODY, None, None, None, [])
+        node.gossip.receive(message._replace(applied={}) if step % 50 == 0 else message, now)
+        node.counter.increment("x")
+        node.gossip.touch(now)
+        while node.gossip.take(now):
+            tries += 1
+            node.gossip.failed(link, OSError("down"), now)
+    assert tries < 20
+
+
+def test_a_heartbeat_answered_without_a_vector_is_no_answer():
+    node = Half()
+    link = node.meet()
+    node.gossip.contact([AT_A], 1.0)
+    node.gossip.take(1.0)
+    with pytest.raises(ValueError):
+        node.gossip.answered(link, node.gossip.request(link, 1.0), answer(), 1.0)
 
 
 def test_long_vectors_that_agreed_are_compared_by_their_hash():
@@ -535,6 +596,7 @@ def test_the_pool_looks_up_the_names_of_seeds(pool):
         lambda body: (302, b"", {"Location": "http://127.0.0.1:1/"}),
         lambda body: (200, b"", {}),
         lambda body: (200, b"{}", {}),
+        lambda body: (200, encode(answer(address=None)), {}),
         lambda body: (200, b"not gossip", {"Content-Encoding": "gzip"}),
         lambda body: (200, b"{}", {"Content-Length": "999"}),
         lambda body: (*good(body)[:2], {replication.SIGNATURE: "0" * 64}),
