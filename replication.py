@@ -472,7 +472,7 @@ class Gossip:
             compares = message.applied is not None or message.hash is not None
             if link and compares:
                 link.retry_at = -NEVER  # whoever sends heartbeats can be reached again, most likely
-            if message.applied is not None:
+            if message.applied is not None and message.sender.id != self._counter.replica:
                 self._caught_up = self._caught_up or not lacks(mine, message.applied)
                 if link and link.peer == message.sender.id:
                     link.confirmed = message.applied
