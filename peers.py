@@ -9,10 +9,17 @@ own *beat* once an interval, and beats travel by gossip, so that a silent node i
 everyone without everyone asking it (van Renesse, Minsky, Hayden, "A Gossip-Style Failure
 Detection Service", 1998).  A node that sweeps late forgives the others its own lateness
 (Dadgar, Phillips, Currey, "Lifeguard", 2017).
+
+What a node sends in an interval does not grow with the cluster: beyond `fanout` peers it contacts
+some at random, and a message carries a bounded part of the membership.  News then needs a time
+that grows with log N to go round, so the allowed silence grows with it, and whoever is silent for
+half of that is asked directly before it is given up.  benchmarks/simulate.py measures all this.
 """
 
 import ipaddress
+import itertools
 import logging
+import math
 import random
 import re
 import threading
@@ -28,6 +35,8 @@ LOST = "lost"  # silent for too long; probed until it answers
 PROBE_INTERVAL_MAX_S = 10.0
 LOST_MAX = 64  # lost peers probed for ever; older ones are forgotten
 GONE_MAX = 4096  # ids remembered so that late rumours of them revive nobody
+VIEW_MAX = 128  # peers in a message: half of them the latest heard of, the others in turn
+PATIENCE = 3  # intervals of allowed silence per power of ten of the cluster's size, beyond the fan-out
 LEFT_NEWS_TIMEOUTS = 10  # how long a departure is passed on, in peer timeouts
 NEVER = float("inf")
 
@@ -94,6 +103,8 @@ class _Peer:
         self.id, self.address, self.beat = id, address, beat
         self.state = RUMOURED
         self.heard = now  # when it last proved to be alive
+        self.place = None  # its index in PeerTable._roll while it is active
+        self.risen = False  # its beat has risen since it was lost
         self.probe = _Probe()
 
 
@@ -118,6 +129,10 @@ class PeerTable:
         self._lock = threading.Lock()
         self._id, self._address, self._beat, self._leaving = replica, address, 0, False
         self._peers = {}  # id -> _Peer
+        self._active = OrderedDict()  # the active ones of them; ordered by `heard`, the latest last
+        self._roll = []  # the same in any order, for picking some of them without a look at all
+        self._shown = 0  # the index in _roll where the next view goes on
+        self._ids_at = {}  # address -> {id: None} of the peers said to be there
         self._answered = {}  # address -> the id that last answered there directly
         self._gone = OrderedDict()  # id -> the beat above which it may return: NEVER, or its last
         self._left = {}  # id that said leave -> until when to pass that on
@@ -148,14 +163,35 @@ class PeerTable:
     def describe(self):
         """Return what a message says of this node and of those it knows: (Sender, View)."""
         with self._lock:
-            sender = Sender(self._id, self._address, self._beat, self._leaving)
-            peers = [(peer.id, peer.address, peer.beat) for peer in self._in_state_locked(ACTIVE)]
-            return sender, View(peers, list(self._left))
+            shown = [(peer.id, peer.address, peer.beat) for peer in self._shown_locked()]
+            left = list(itertools.islice(reversed(self._left), VIEW_MAX))
+            return self._sender_of_locked(), View(shown, left)
+
+    def sender(self):
+        """Return what a message says of this node alone, as a Sender."""
+        with self._lock:
+            return self._sender_of_locked()
+
+    def _sender_of_locked(self):
+        return Sender(self._id, self._address, self._beat, self._leaving)
+
+    def _shown_locked(self):
+        """Return the peers to show in a message: all, or the newest and some of the others in turn.
+
+        The newest alone would spread fresh beats fastest, but leave out for good whoever misses
+        them; in turn, everyone is shown by everyone every N / (VIEW_MAX / 2) messages.
+        """
+        if len(self._active) <= VIEW_MAX:
+            return self._active.values()
+        newest = list(itertools.islice(reversed(self._active.values()), VIEW_MAX // 2))
+        start = self._shown if self._shown < len(self._roll) else 0
+        self._shown = start + VIEW_MAX - len(newest)
+        return newest + self._roll[start : self._shown]
 
     def active(self):
         """Return [(id, address)] of the active peers."""
         with self._lock:
-            return [(peer.id, peer.address) for peer in self._in_state_locked(ACTIVE)]
+            return [(peer.id, peer.address) for peer in self._active.values()]
 
     def snapshot(self, now):
         """Return [(id, address, state, seconds of silence)] of active and lost peers."""
@@ -169,10 +205,12 @@ class PeerTable:
             changes = []
             self._forgive_lateness_locked(now)
             self._beat += 1
+            patience_s = self._patience_s_locked()
             for peer in list(self._peers.values()):
-                if now - peer.heard > self._timeout_s:
+                if now - peer.heard > patience_s:
                     if peer.state == ACTIVE:
-                        peer.state = LOST
+                        self._deactivate_locked(peer, LOST)
+                        peer.risen = False
                         peer.probe.reset()
                         changes.append(Change("lost", peer.id, peer.address))
                     elif peer.state == RUMOURED:
@@ -182,7 +220,19 @@ class PeerTable:
                 self._forget_locked(peer.id, peer.beat)
             self._answered = {a: id for a, id in self._answered.items() if id in self._peers or id == self._id}
             self._left = {id: until for id, until in self._left.items() if now < until}
-            return Sweep(self._beats_locked() + self._probes_locked(now), self._unmet_seeds_locked(now), changes)
+            probes = self._probes_locked(now)
+            beats = self._beats_locked(now, patience_s, len(probes))
+            return Sweep(beats + probes, self._unmet_seeds_locked(now), changes)
+
+    def _patience_s_locked(self):
+        """Return for how long a peer may be silent: what reaches fewer than all takes its time."""
+        if not self._large_locked():
+            return self._timeout_s
+        return max(self._timeout_s, PATIENCE * math.log10(len(self._peers) + 1) * self._interval_s)
+
+    def _large_locked(self):
+        """Return whether there are too many peers to contact each of them in every interval."""
+        return len(self._peers) > self._fanout
 
     def _forgive_lateness_locked(self, now):
         # Whoever was stopped or starved cannot tell its own silence from that of the others.
@@ -193,17 +243,30 @@ class PeerTable:
             for peer in self._peers.values():
                 peer.heard += late_s
 
-    def _beats_locked(self):
-        """Return the addresses of the peers that get a heartbeat in this sweep."""
-        addresses = [peer.address for peer in self._in_state_locked(ACTIVE)]
-        return self._rng.sample(addresses, self._fanout) if len(addresses) > self._fanout else addresses
+    def _beats_locked(self, now, patience_s, probes):
+        """Return the addresses of the peers that get a heartbeat in this sweep, beside that many probes.
+
+        Peers that gossip has said nothing new of for half of what is allowed are asked before
+        others, so that no unlucky one is given up unasked.  They get a quarter of the fan-out
+        only: in a partition half of all fall silent at once, and the others must hear of each other.
+        """
+        if len(self._active) <= self._fanout:
+            return [peer.address for peer in self._active.values()]
+        most = max(1, self._fanout // 4)
+        silent = [peer for peer in itertools.islice(self._active.values(), 4 * most) if now - peer.heard > patience_s / 2]
+        asked = self._rng.sample(silent, min(most, len(silent)))
+        picked = asked + self._rng.sample(self._roll, self._fanout)
+        addresses = list(dict.fromkeys(peer.address for peer in picked))
+        return addresses[: max(1, self._fanout - probes)]
 
     def _probes_locked(self, now):
         """Return the addresses of lost and rumoured peers whose turn it is, newest news first."""
         waiting = sorted(self._in_state_locked(LOST, RUMOURED), key=lambda peer: -peer.heard)
+        # In a large cluster what others probe is enough, once there are others.
+        most = max(1, self._fanout - len(self._active)) if self._large_locked() else self._fanout
         due = []
         for peer in waiting:
-            if len(due) == self._fanout:
+            if len(due) == most:
                 break
             if peer.address != self._address and peer.probe.take(now, self._interval_s, self._rng):
                 due.append(peer.address)
@@ -243,7 +306,9 @@ class PeerTable:
                 return contact, changes
             self._sender_locked(sender, now, answered_at, contact, changes)
             for id, address, beat in view.peers:
-                self._rumour_locked(id, address, beat, now, contact, changes)
+                peer = self._peers.get(id)
+                if peer is None or beat > peer.beat:  # most is known already
+                    self._rumour_locked(peer, id, address, beat, now, contact, changes)
             for id in view.left:
                 self._departure_locked(id, now, changes)
             contact = [address for address in dict.fromkeys(contact) if address != self._address]
@@ -262,44 +327,55 @@ class PeerTable:
         if peer is None:
             self._gone.pop(sender.id, None)
             peer = self._peers[sender.id] = _Peer(sender.id, address, sender.beat, now)
-        peer.address, peer.beat, peer.heard = address, max(peer.beat, sender.beat), now
+        self._place_locked(peer, address)
+        peer.beat, peer.heard = max(peer.beat, sender.beat), now
         if peer.state == ACTIVE:
+            self._active.move_to_end(peer.id)
             return
         if not answered_at and self._answered.get(address, peer.id) != peer.id:
             contact.append(address)  # somebody else answered there: who does now?
             return
         changes.append(Change("back" if peer.state == LOST else "joined", peer.id, peer.address))
-        peer.state = ACTIVE
+        self._activate_locked(peer)
 
     def _owner_locked(self, address, id, changes):
         """Take note that this id answered at an address: no other one lives there."""
         former = self._answered.get(address)
         self._answered[address] = id
-        for peer in [peer for peer in self._peers.values() if peer.address == address and peer.id != id]:
+        others = [self._peers[other] for other in self._ids_at.get(address, ()) if other != id]
+        for peer in others:
             if peer.id == former:
                 changes.append(Change("restarted", peer.id, address))
             if peer.id == former or peer.state != ACTIVE:
                 # Only a greater beat can bring it back: if it lives after all, it has one.
                 self._forget_locked(peer.id, peer.beat)
 
-    def _rumour_locked(self, id, address, beat, now, contact, changes):
-        peer = self._peers.get(id)
-        if id == self._id or beat <= (peer.beat if peer else self._gone.get(id, -1)):
+    def _rumour_locked(self, peer, id, address, beat, now, contact, changes):
+        """Take in a beat that is greater than the one known; `peer` is None for an unknown id."""
+        if id == self._id or (peer is None and beat <= self._gone.get(id, -1)):
             return
+        # With enough peers to talk to, those heard of now can wait for their beats to rise.
+        eager = not self._large_locked() or len(self._active) < self._fanout
         if peer is None:
             self._gone.pop(id, None)
-            self._peers[id] = _Peer(id, address, beat, now)
-            contact.append(address)
+            peer = self._peers[id] = _Peer(id, address, beat, now)
+            self._place_locked(peer, address)
+            if eager:
+                contact.append(address)
             return
         peer.beat = beat
         if peer.state == ACTIVE:
             peer.heard = now
-        elif peer.state == RUMOURED and len(self._peers) > self._fanout:
+            self._active.move_to_end(id)
+        elif self._large_locked() and (peer.state == RUMOURED or peer.risen):
             # Too many to contact everyone.  Somebody has heard it beat, and again just now.
-            peer.state, peer.heard = ACTIVE, now
-            changes.append(Change("joined", id, peer.address))
+            changes.append(Change("back" if peer.state == LOST else "joined", id, peer.address))
+            peer.heard = now
+            self._activate_locked(peer)
         else:
-            contact.append(peer.address)
+            peer.risen = True  # once may be an old rumour, late; and twice is a proof in a large cluster
+            if eager:
+                contact.append(peer.address)
 
     def _departure_locked(self, id, now, changes):
         if id == self._id or self._gone.get(id) == NEVER:
@@ -312,11 +388,39 @@ class PeerTable:
 
     def _forget_locked(self, id, beat):
         peer = self._peers.pop(id, None)
-        if peer and self._answered.get(peer.address) == id:
-            del self._answered[peer.address]
+        if peer:
+            if peer.state == ACTIVE:
+                self._deactivate_locked(peer, LOST)
+            self._place_locked(peer, None)
+            if self._answered.get(peer.address) == id:
+                del self._answered[peer.address]
         self._gone[id] = beat
         if len(self._gone) > GONE_MAX:
             self._gone.popitem(last=False)
+
+    def _activate_locked(self, peer):
+        peer.state, peer.place = ACTIVE, len(self._roll)
+        self._roll.append(peer)
+        self._active[peer.id] = peer
+
+    def _deactivate_locked(self, peer, state):
+        peer.state = state
+        del self._active[peer.id]
+        last = self._roll.pop()
+        if last is not peer:
+            self._roll[peer.place], last.place = last, peer.place
+
+    def _place_locked(self, peer, address):
+        """Take note that a peer is at an address, or with None that it is nowhere any more."""
+        if address == peer.address and peer.id in self._ids_at.get(address, ()):
+            return
+        former = self._ids_at.get(peer.address, {})
+        former.pop(peer.id, None)
+        if not former:
+            self._ids_at.pop(peer.address, None)
+        if address is not None:
+            peer.address = address
+            self._ids_at.setdefault(address, {})[peer.id] = None
 
     def _in_state_locked(self, *states):
         return [peer for peer in self._peers.values() if peer.state in states]

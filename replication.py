@@ -48,6 +48,7 @@ CONNECT_TIMEOUT_S = 1.0
 ANSWER_TIMEOUT_S = 30.0  # for a whole answer, however slowly it trickles in
 SLOWEST_LINK = 100_000  # bytes per second for which a long message is given time
 NEVER = float("inf")
+NO_VIEW = View([], [])  # what a mere push shows
 _DIGEST = re.compile("[0-9a-f]{32}\\Z")
 
 # Merging is idempotent, so a POST may be repeated.  Long waits are the scheduler's, within
@@ -199,7 +200,7 @@ def _cause(error):
 class _Link:
     """What is known of sending to one address.  Its `session` belongs to the worker that has it in flight."""
 
-    def __init__(self, address, is_seed=False):
+    def __init__(self, address, is_seed=False, agreed=False):
         self.address, self.is_seed = address, is_seed  # a seed is a name to resolve first
         self.due = NEVER  # when to send next
         self.in_flight = False
@@ -209,7 +210,7 @@ class _Link:
         self.retry_at = -NEVER  # before that only heartbeats are sent: it backs off
         self.peer = None  # the replica id that answered last
         self.confirmed = None  # the vector it last confirmed, never changed in place; None: unknown
-        self.agreed = False  # the vectors were equal when they were last compared
+        self.agreed = agreed  # the vectors were equal when they were last compared, or most likely are
         self.told_leaving = False  # it has answered a message that said this node is leaving
         self.session = None  # with `prepared`, the request that is sent over it with ever new bodies
         self.prepared = None
@@ -242,6 +243,8 @@ class Gossip:
         self._seed_links = {}  # name -> _Link
         self._pending = {}  # the links with something to send or in flight, as an ordered set
         self._pushed = []  # the links that increments are pushed to at once
+        self._agreed = False  # the vectors of this node and another were equal at the last comparison
+        self._hashed = (None, None)  # a vector and its hash, the last one that was needed
         self._touched = False  # those were told of an increment, and nothing was sent since
         self._caught_up = False  # everything that some peer held was held here, at least once
         self._impatient = False  # nobody is to wait for acks any more
@@ -283,22 +286,28 @@ class Gossip:
         self._counter.expire(now)
 
     def _follow_membership(self, now):
-        """Choose whom to push to, and close the links of who is gone."""
+        """Choose whom to push to, and close the links that are not used any more."""
         addresses = dict.fromkeys(address for _, address in self._table.active())
         with self._lock:
             kept = [link.address for link in self._pushed if link.address in addresses]
+            if len(kept) < len(addresses) and len(kept) == self._pushed_to:
+                # All are first told of the seed they join through.  It is not to get every push.
+                del kept[self._rng.randrange(len(kept))]
             others = [address for address in addresses if address not in kept]
             others = self._rng.sample(others, min(len(others), self._pushed_to - len(kept)))
             self._pushed = [self._link_locked(address) for address in kept + others]
+            # In a large cluster most peers are contacted rarely: a connection and a vector kept
+            # for each would grow with the square of the cluster.
+            kept = addresses if len(addresses) <= self._pushed_to else dict.fromkeys(kept + others)
             for link in list(self._links.values()):
-                if link.address not in addresses and link not in self._pending and now - link.started > LINK_IDLE_S:
+                if link.address not in kept and link not in self._pending and now - link.started > LINK_IDLE_S:
                     del self._links[link.address]
             self._confirming.notify_all()  # nobody is to wait for a peer that is gone
 
     def _link_locked(self, address):
         link = self._links.get(address)
         if link is None:
-            link = self._links[address] = _Link(address)
+            link = self._links[address] = _Link(address, agreed=self._agreed)
         return link
 
     def _schedule_locked(self, link, at):
@@ -359,19 +368,27 @@ class Gossip:
 
     def request(self, link, now):
         """Return the Message to send over a link in flight; None if there is nothing to say."""
-        sender, view = self._table.describe()
         vector, replica = self._counter.vector(), self._counter.replica
         with self._lock:
             known, agreed = link.confirmed, link.agreed
             failing = link.failures > 0
             compare, link.compare = link.compare or known is None, False
         if compare:
+            sender, view = self._table.describe()
             # After a failure it is enough to find out what the peer holds: it may have arrived.
             deltas = self._counter.deltas(known, DELTAS_MAX, now) if known is not None and not failing else []
-            hash = vector_hash(vector) if agreed and len(vector) > VECTOR_SHORT else None
+            hash = self._hash(vector) if agreed and len(vector) > VECTOR_SHORT else None
             return Message(sender, view, vector, hash, None, deltas)
         delta = self._counter.delta(replica, known.get(replica, 0), now)
-        return Message(sender, view, None, None, None, [delta]) if delta else None
+        return Message(self._table.sender(), NO_VIEW, None, None, None, [delta]) if delta else None
+
+    def _hash(self, vector):
+        """Return the hash of a vector of this node; most often that of the last time."""
+        known, hash = self._hashed
+        if known is not vector:
+            hash = vector_hash(vector)
+            self._hashed = (vector, hash)  # vectors are never changed in place
+        return hash
 
     def answered(self, link, request, answer, now):
         """Take in the answer to a request that was sent over a link; the link is free again.
@@ -389,7 +406,7 @@ class Gossip:
             link.peer = answer.sender.id
             link.confirmed = self._confirmed(before, request, answer)
             if request.applied is not None:
-                link.agreed = link.confirmed == request.applied
+                self._agreed = link.agreed = link.confirmed == request.applied
                 self._caught_up = self._caught_up or (link.peer != replica and not lacks(mine, link.confirmed))
             news = merged or link.confirmed != before or request.hash is not None
             recovered = link.failures > 0 and (news or not request.deltas)
@@ -469,8 +486,7 @@ class Gossip:
         mine = self._counter.vector()
         with self._lock:
             link = self._links.get(message.sender.address)
-            compares = message.applied is not None or message.hash is not None
-            if link and compares:
+            if link and (message.applied is not None or message.hash is not None):
                 link.retry_at = -NEVER  # whoever sends heartbeats can be reached again, most likely
             if message.applied is not None and message.sender.id != self._counter.replica:
                 self._caught_up = self._caught_up or not lacks(mine, message.applied)
@@ -478,17 +494,18 @@ class Gossip:
                     link.confirmed = message.applied
                     self._confirming.notify_all()
         self._membership_changed(contact, changes, now)
-        sender, view = self._table.describe()
+        compares = message.applied is not None or message.hash is not None
+        sender, view = self._table.describe() if compares else (self._table.sender(), NO_VIEW)
         confirms = {delta.replica: mine.get(delta.replica, 0) for delta in message.deltas} or None
         if message.applied is not None:
             # What it counts itself it knows best.
             known = {**message.applied, message.sender.id: SEQUENCE_MAX}
             deltas, agreed = self._counter.deltas(known, DELTAS_MAX, now), message.applied == mine
         elif message.hash is not None:
-            deltas, agreed = [], message.hash == vector_hash(mine)
+            deltas, agreed = [], message.hash == self._hash(mine)
         else:
             return Message(sender, view, None, None, confirms, [])
-        hash = vector_hash(mine) if agreed and len(mine) > VECTOR_SHORT else None
+        hash = self._hash(mine) if agreed and len(mine) > VECTOR_SHORT else None
         return Message(sender, view, mine, hash, confirms, deltas)
 
     def _merge(self, message, now):
@@ -504,7 +521,12 @@ class Gossip:
             self.contact(contact, now)
         if changes:
             log_changes(changes)
-            self._follow_membership(now)
+            with self._lock:
+                self._confirming.notify_all()  # nobody is to wait for a peer that is gone
+                gone = {change.address for change in changes if change.what in ("left", "restarted")}
+                full = len(self._pushed) == self._pushed_to and all(link.address not in gone for link in self._pushed)
+            if not full:  # or the cost of N changes would grow with the square of N
+                self._follow_membership(now)
 
     # What others ask.
 
