@@ -133,11 +133,13 @@ def cluster(size):
         nodes += [stack.enter_context(start_node(nodes[:1])) for _ in range(size - 1)]
         for node in nodes[1:]:
             node.wait_listening()
-        for sock in [stack.enter_context(connect(node.port)) for node in nodes]:
-            wait_until(
-                lambda sock=sock: [peer["state"] for peer in ask(sock, "GET /peers")["peers"]] == ["active"] * (size - 1),
-                "the nodes know each other",
-            )
+        socks = [stack.enter_context(connect(node.port)) for node in nodes]
+
+        def all_active():
+            found = [[peer["state"] for peer in ask(sock, "GET /peers")["peers"]] for sock in socks]
+            return all(states == ["active"] * (size - 1) for states in found)
+
+        wait_until(all_active, "the nodes know each other")
         yield nodes
 
 
@@ -307,7 +309,7 @@ def measure_lag(options):
 def measure_memory(options):
     """One node, before and after --increments."""
     with cluster(1) as nodes:
-        load_by_sockets([nodes[0].port], 32, GET, requests=10_000)  # threads and their buffers are no increments
+        load_by_sockets([nodes[0].port], 32, GET, requests=2_000)  # threads and their buffers are no increments
         before = nodes[0].rss_bytes()
         load = load_by_sockets([nodes[0].port], 32, POST, requests=options.increments)
         converge(nodes, 0, load)
@@ -403,7 +405,8 @@ def print_report(figures):
     for figure, what in itertools.chain(*(FIGURES[name].items() for name in MEASUREMENTS if name != "single")):
         if figure in figures:
             print(f"{what:70} {text(medians[figure]):>8}")
-    for reason in dict.fromkeys(str(value) for value in itertools.chain(*figures.values()) if isinstance(value, Failed)):
+    failures = [value for value in itertools.chain(*figures.values()) if isinstance(value, Failed)]
+    for reason in dict.fromkeys(map(str, failures)):
         print(f"\nFAILED: {reason}")
 
 
@@ -459,11 +462,12 @@ def main():
                 status = 1 if isinstance(value, Failed) else status
     except KeyboardInterrupt:
         status = 130
-    print(f"{machine}; load by {'wrk' if by_wrk else 'sockets'}; medians of {options.rounds} rounds"
+    print(f"{machine}; load by {'wrk' if by_wrk else 'sockets'}; rounds: {options.rounds}, medians"
           f"{', INTERRUPTED' if status == 130 else ''}")  # fmt: skip
     print_report(figures)
     if options.json:
-        Path(options.json).write_text(json.dumps({"machine": machine, "figures": figures}, indent=1, default=str) + "\n")
+        report = json.dumps({"machine": machine, "figures": figures}, indent=1, default="FAILED: {}".format)
+        Path(options.json).write_text(report + "\n")
     return status
 
 
