@@ -515,9 +515,9 @@ def uuid7(seconds_ago):
 
 def test_a_uuid7_that_may_have_been_forgotten_is_refused(client):
     """So that not even a very late retry counts twice."""
-    assert client.ask("POST", "/increment/late", f"Idempotency-Key: {uuid7(3000)}").status == 200
-    problem(client.ask("POST", "/increment/late", f"Idempotency-Key: {uuid7(4000)}"), 400)
-    assert client.count("late") == 1
+    assert client.ask("POST", "/increment/stale-key", f"Idempotency-Key: {uuid7(3000)}").status == 200
+    problem(client.ask("POST", "/increment/stale-key", f"Idempotency-Key: {uuid7(4000)}"), 400)
+    assert client.count("stale-key") == 1
 
 
 def test_without_room_for_a_key_the_client_is_told_when_to_come_back(start_local, connect):
