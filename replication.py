@@ -207,6 +207,7 @@ class _Link:
         self.in_flight = False
         self.compare = True  # the next message is to compare vectors, not only to push
         self.started = -NEVER  # when it was last sent to
+        self.pushed = -NEVER  # when increments were last pushed to it, and nothing else
         self.failures = 0  # in a row
         self.retry_at = -NEVER  # before that only heartbeats are sent: it backs off
         self.peer = None  # the replica id that answered last
@@ -318,9 +319,10 @@ class Gossip:
             self._due.notify()
 
     def _schedule_push_locked(self, link, now):
-        # The more peers, the longer the pauses: the cost of pushing stays what it is.
-        pacing_s = PACING_S * len(self._pushed)
-        self._schedule_locked(link, max(now, link.started + pacing_s, link.retry_at))
+        # The more peers, the longer the pauses: the cost of pushing stays what it is.  A heartbeat
+        # does not delay the push after it, or every second some increments would come late.
+        latest = link.started if link.compare else link.pushed
+        self._schedule_locked(link, max(now, latest + PACING_S * len(self._pushed), link.retry_at))
 
     # A send, from its being due to its end.
 
@@ -364,6 +366,8 @@ class Gossip:
             return None
         link = min(due, key=lambda link: (link.doubtful(), link.due))
         link.in_flight, link.due, link.started = True, NEVER, now
+        if not link.compare:
+            link.pushed = now
         self._touched = False
         return link
 
