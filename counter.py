@@ -56,8 +56,8 @@ def new_replica(randbits=secrets.randbits):
 
 def increment_id(replica, sequence):
     """Return the UUIDv8 of a dot: `rrrrrrrr-rrrr-8rrr-vsss-ssssssssssss`."""
-    digits = f"{1 << 63 | sequence:016x}"
-    return f"{replica}-{digits[:4]}-{digits[4:]}"
+    high, low = divmod(sequence, 1 << 48)
+    return f"{replica}-{0x8000 | high:04x}-{low:012x}"
 
 
 def parse_increment_id(text):
@@ -309,15 +309,19 @@ class Counter:
             totals = {name: (1, -amount)}
             self._merge_locked(Delta(cancelling_replica(larger), 0, 1, totals, (), (smaller, larger)), now)
 
-    def renew_if_cloned(self, known, replica):
-        """Draw up a new replica under the id `replica` if `known` shows this one is used twice.
+    def renew_if_cloned(self, known):
+        """Draw a new replica id if `known` shows that the present one is used twice; return whether it does.
 
         `known` is the vector of another node.  It can only hold more of this replica than this
         node did if somebody else counts under the same id: the machine was cloned, or set back
         to a snapshot.  What was counted so far stays, as the past of a foreign replica.
         """
+        replica = self._replica
+        if not known.get(replica, 0) > self._applied.get(replica, 0):
+            return False
+        fresh = new_replica()
         with self._lock:
-            if known.get(self._replica, 0) <= self._applied.get(self._replica, 0):
-                return False
-            self._replica = replica
+            if self._replica != replica:
+                return False  # another thread has done it
+            self._replica = fresh
             return True

@@ -503,26 +503,34 @@ class Connection(socketserver.BaseRequestHandler):
                 self._close_with(Refused(500, "this node failed to serve the request; see its log").response())
 
     def _serve(self):
-        # A client sends the same head again and again: the latest request that had no body and
-        # came in one piece, and what answers it.
-        latest, action = None, None
         idle_s = RESERVE_TIMEOUT_S if self.kind == RESERVED else IDLE_TIMEOUT_S
         while self._received or self._receive(idle_s):
-            if self._received == latest and not self._is_to_end():
-                self._received = b""
-                try:
-                    response = action(b"", self)
-                except Refused as refused:
-                    response = refused.response()
-                self.request.sendall(response)
-                continue
             received = self._received
             response, keep_alive, action = self._answer_next()
             if not keep_alive or self._is_to_end():
                 self._close_with(response)
                 return
             self.request.sendall(response)
-            latest = received if action else None
+            if action:
+                self._serve_repeated(received, action)
+
+    def _serve_repeated(self, request, action):
+        """Answer a request without a body for as long as the client sends just these bytes again.
+
+        Most clients do: their head is always the same.  This is the hot path.
+        """
+        self._set_receive_timeout(IDLE_TIMEOUT_S)
+        receive, send = self.request.recv, self.request.sendall
+        while True:
+            received = receive(RECEIVE_SIZE)
+            if received != request or self._is_to_end():
+                self._received = received
+                return
+            try:
+                response = action(b"", self)
+            except Refused as refused:
+                response = refused.response()
+            send(response)
 
     def _is_to_end(self):
         return self.kind == RESERVED or self.server.stopping and self.kind != PEER
@@ -594,13 +602,16 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _receive(self, timeout_s):
         """Read some more; return whether there was any.  BlockingIOError if none came in time."""
+        self._set_receive_timeout(timeout_s)
+        received = self.request.recv(RECEIVE_SIZE)
+        self._received += received
+        return bool(received)
+
+    def _set_receive_timeout(self, timeout_s):
         if timeout_s != self._receive_timeout_s:
             # In the kernel: with socket.settimeout() every recv() would cost a poll() as well.
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout_s))
             self._receive_timeout_s = timeout_s
-        received = self.request.recv(RECEIVE_SIZE)
-        self._received += received
-        return bool(received)
 
     def _close_with(self, response):
         """Send the last response, and give the client the time to read it.

@@ -157,14 +157,14 @@ def without_body(response):
     return response.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
 
 
-_dated = (0, "")  # replaced as a whole: threads may read it at any time
+_dated = (0.0, "")  # until when it is right, and the text; replaced as a whole: threads may read it at any time
 
 
 def _date():
     global _dated
-    second, text = _dated
-    now = int(time.time())
-    if now != second:
+    until, text = _dated
+    now = time.time()
+    if not until - 1 <= now < until:
         text = formatdate(now, usegmt=True)
-        _dated = (now, text)
+        _dated = (int(now) + 1, text)
     return text

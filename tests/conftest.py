@@ -44,7 +44,11 @@ class NodeProcess:
         command = [sys.executable, "counter_server.py", "--port", str(port), *FAST, *seeds, *map(str, arguments)]
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.DEVNULL, stderr=self.log)
-        self.port = int(wait_until(lambda: self._listening())[1])
+        try:
+            self.port = int(wait_until(self._listening)[1])
+        except BaseException:
+            self.end()
+            raise
         self.address = f"127.0.0.1:{self.port}"
 
     def _listening(self):

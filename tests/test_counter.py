@@ -211,9 +211,11 @@ def test_a_cloned_machine_goes_on_under_a_new_id():
     """Whoever sees more of its own replica than it counted shares its id, and gives it up."""
     counter = Counter(A)
     counter.increment("x", 2)
-    assert not counter.renew_if_cloned({A: 1, B: 99}, B)
-    assert counter.renew_if_cloned({A: 2 + 1}, B)
-    assert counter.increment("x") == (B, 1, 3)
+    assert not counter.renew_if_cloned({A: 1, B: 99})
+    assert counter.renew_if_cloned({A: 2})
+    assert counter.replica != A
+    assert counter.increment("x") == (counter.replica, 1, 3)
+    assert not counter.renew_if_cloned({A: 2})
     assert counter.merge(Delta(A, 1, 3, {"x": (3, 5)}), 0)
     assert counter.value("x") == 6
 

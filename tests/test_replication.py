@@ -332,6 +332,14 @@ def test_joining_with_full_catch_up_is_one_round_trip():
     assert old.table.active() == [(ME, AT_ME)]
 
 
+def test_who_only_meets_itself_has_caught_up_with_nobody():
+    node = Half()
+    node.gossip.contact(["localhost:80"], 0.0)
+    talk(node, node, node.gossip.take(0.0), 0.0)
+    assert not node.gossip.caught_up
+    assert node.gossip.take(1.0) is None
+
+
 def test_catching_up_in_several_messages_goes_on_until_it_is_done():
     old, new = Half(A, AT_A), Half()
     for number in range(40):
