@@ -56,6 +56,8 @@ def new_replica(randbits=secrets.randbits):
 
 def increment_id(replica, sequence):
     """Return the UUIDv8 of a dot: `rrrrrrrr-rrrr-8rrr-vsss-ssssssssssss`."""
+    if sequence < 1 << 48:  # the hot path's: formatting a number is a good part of it
+        return f"{replica}-8000-{sequence:012x}"
     high, low = divmod(sequence, 1 << 48)
     return f"{replica}-{0x8000 | high:04x}-{low:012x}"
 

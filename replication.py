@@ -46,6 +46,7 @@ PACING_S = 0.01  # between two pushes to one peer, times the peers pushed to
 LINK_IDLE_S = 60.0  # a link not used for so long is closed
 CONNECT_TIMEOUT_S = 1.0
 ANSWER_TIMEOUT_S = 30.0  # for a whole answer, however slowly it trickles in
+PATIENCE_DOUBLINGS = 3  # how often the time an answer may take doubles with further failures
 SLOWEST_LINK = 100_000  # bytes per second for which a long message is given time
 NEVER = float("inf")
 NO_VIEW = View([], [])  # what a mere push shows
@@ -580,7 +581,7 @@ class Replicator:
         self._gossip, self._table, self._signer, self._port, self._clock = gossip, table, signer, port, clock
         # A peer that is stopped still accepts connections.  It is to hold a worker for less
         # than the time in which it is given up.
-        self._timeouts_s = (CONNECT_TIMEOUT_S, max(1.0, peer_timeout_s / 2))
+        self._read_timeout_s = max(1.0, peer_timeout_s / 2)
         self._threads = [
             threading.Thread(target=self._work, name=f"retry-worker-{number}", daemon=True)
             for number in range(workers)
@@ -651,8 +652,12 @@ class Replicator:
             link.prepared = link.session.prepare_request(requests.Request("POST", f"http://{link.address}{PATH}"))
         deadline = self._clock() + ANSWER_TIMEOUT_S
         signature = self._signer.request(body)
+        # A peer may also be slow because it has so much to tell.
+        read_s = self._read_timeout_s * 2 ** min(link.failures, PATIENCE_DOUBLINGS)
         # On a new connection the first counts for sending the body as well.
-        timeouts_s = tuple(seconds + min(ANSWER_TIMEOUT_S, len(body) / SLOWEST_LINK) for seconds in self._timeouts_s)
+        timeouts_s = tuple(
+            min(ANSWER_TIMEOUT_S, seconds + len(body) / SLOWEST_LINK) for seconds in (CONNECT_TIMEOUT_S, read_s)
+        )
         # To prepare a request anew each time would be a third of the cost of sending it.
         link.prepared.body = body
         link.prepared.headers.update({"Content-Length": str(len(body)), SIGNATURE: signature})

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
@@ -464,6 +465,112 @@ def test_a_good_timeout_is_taken(client, timeout):
 def test_a_bad_timeout_is_refused(client, timeout):
     """Before anything is waited for."""
     problem(client.ask("GET", f"/count?after={NOBODYS_ID}&timeout={timeout}"), 400)
+
+
+# Idempotency keys, acks and limits.
+
+
+def test_a_key_counts_once_and_a_replay_says_so(client):
+    """The same key, in quotes or not, answers the same id with the present count."""
+    first = client.ask("POST", "/increment/keyed?amount=5", "Idempotency-Key: once")
+    client.ask("POST", "/increment/keyed")
+    replay = client.ask("POST", "/increment/keyed", 'Idempotency-Key: "once"', body=b'{"amount": 5}')
+    assert (first.status, first.json()["count"], "idempotent-replayed" in first.headers) == (200, 5, False)
+    assert (replay.status, replay.json()) == (200, {**first.json(), "count": 6})
+    assert replay.headers["idempotent-replayed"] == "true"
+
+
+def test_the_very_same_bytes_with_a_key_count_once(client):
+    """Where a connection repeats a request, its key is looked at again each time."""
+    replies = [client.ask("POST", "/increment/keyed-again", "Idempotency-Key: same") for _ in range(4)]
+    assert [reply.json()["count"] for reply in replies] == [1] * 4
+    assert ["idempotent-replayed" in reply.headers for reply in replies] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("target", ["/increment/reused?amount=2", "/increment/reused2"])
+def test_a_key_with_another_payload_is_422(client, target):
+    """What was counted under it stays as it is."""
+    client.ask("POST", "/increment/reused", "Idempotency-Key: reused")
+    problem(client.ask("POST", target, "Idempotency-Key: reused"), 422)
+    assert (client.count("reused"), client.count("reused2")) == (1, 0)
+
+
+@pytest.mark.parametrize("key", ["", '""', "a b", "\xe4", "x" * 256, "a\tb"])
+def test_what_is_no_key_is_refused(client, key):
+    """A key is 1 to 255 visible ASCII characters."""
+    problem(client.ask("POST", "/increment/no-key", f"Idempotency-Key: {key}"), 400)
+    assert client.count("no-key") == 0
+
+
+def test_two_keys_in_one_request_are_refused(client):
+    """The next program might take the other one."""
+    client.send(request("POST", "/increment", "Idempotency-Key: a", "Idempotency-Key: a"))
+    closes_with(client, 400)
+
+
+def uuid7(seconds_ago):
+    milliseconds = f"{int((time.time() - seconds_ago) * 1000):012x}"
+    return f"{milliseconds[:8]}-{milliseconds[8:]}-7abc-8abc-0123456789ab"
+
+
+def test_a_uuid7_that_may_have_been_forgotten_is_refused(client):
+    """So that not even a very late retry counts twice."""
+    assert client.ask("POST", "/increment/late", f"Idempotency-Key: {uuid7(3000)}").status == 200
+    problem(client.ask("POST", "/increment/late", f"Idempotency-Key: {uuid7(4000)}"), 400)
+    assert client.count("late") == 1
+
+
+def test_without_room_for_a_key_the_client_is_told_when_to_come_back(start_local, connect):
+    """Keys that are known, and increments without one, are served all the same."""
+    client = connect(start_local("--max-idempotency-keys", "1", "--idempotency-window", "100"))
+    assert client.ask("POST", "/increment", "Idempotency-Key: first").status == 200
+    refused = client.ask("POST", "/increment", "Idempotency-Key: second")
+    problem(refused, 503)
+    assert 1 <= int(refused.headers["retry-after"]) <= 100
+    assert client.ask("POST", "/increment", "Idempotency-Key: first").status == 200
+    assert client.ask("POST", "/increment").json()["count"] == 2
+
+
+def test_without_room_for_a_counter_existing_ones_go_on(start_local, connect):
+    """The limit is on new names; nothing is changed by what is refused."""
+    client = connect(start_local("--max-counters", "1"))
+    assert client.ask("POST", "/increment/first").status == 200
+    problem(client.ask("POST", "/increment/second"), 507)
+    problem(client.ask("POST", "/increment/second", "Idempotency-Key: k"), 507)
+    assert client.ask("POST", "/increment/first", "Idempotency-Key: k").json()["count"] == 2
+    assert client.count("second") == 0
+
+
+def test_acks_says_how_many_nodes_hold_it(client):
+    """Alone that is one, and for more it waits as long as it may; the increment stays."""
+    assert client.ask("POST", "/increment/acked?acks=1").json()["acks"] == 1
+    short = client.ask("POST", "/increment/acked?acks=2&timeout=0.01")
+    assert (short.status, short.json()["acks"], short.json()["count"]) == (202, 1, 2)
+
+
+def test_a_replay_waits_for_acks_as_well(client):
+    """It answers as the first try would have, had it been heard."""
+    client.ask("POST", "/increment/acked-again", "Idempotency-Key: acked")
+    replay = client.ask("POST", "/increment/acked-again?acks=2&timeout=0", "Idempotency-Key: acked")
+    assert (replay.status, replay.json()["acks"], replay.json()["count"]) == (202, 1, 1)
+
+
+@pytest.mark.parametrize("query", ["acks=0", "acks=-1", "acks=x", "acks=", "acks=1.0", "acks=1&timeout=61", "timeout=1"])
+def test_acks_that_make_no_sense_are_refused(client, query):
+    """Nothing is counted then."""
+    problem(client.ask("POST", f"/increment/no-acks?{query}"), 400)
+    assert client.count("no-acks") == 0
+
+
+def test_who_waits_for_acks_is_let_go_when_the_node_stops(start_local, connect):
+    """It is told how many nodes hold the increment by then."""
+    node = start_local()
+    client = connect(node)
+    client.send(request("POST", "/increment?acks=2&timeout=60"))
+    wait_until(lambda: node.counter.value("default") == 1)
+    node.stop()
+    reply = client.read()
+    assert (reply.status, reply.json()["acks"]) == (202, 1)
 
 
 # Other paths and methods.
