@@ -1,7 +1,8 @@
 """A cluster in one thread: the real Counter, PeerTable and Gossip over a bad network.
 
 Time, delays, losses and crashes all come from one seeded generator, so a schedule that fails can
-be run again by its seed.
+be run again by its seed.  The tests run it with a handful of nodes, benchmarks/simulate.py with a
+thousand.
 """
 
 import heapq
@@ -14,6 +15,7 @@ from replication import Gossip, decode, encode
 
 INTERVAL_S, TIMEOUT_S = 1.0, 5.0  # the defaults of the command line
 READ_TIMEOUT_S = 1.0
+SAMPLE = 97  # one message in so many is encoded where only the size is wanted; a prime, to be in step with nothing
 
 
 class SimulatedNode:
@@ -23,6 +25,7 @@ class SimulatedNode:
         rng = network.rng
         self.network, self.address = network, address
         self.alive, self.paused_until = True, 0.0
+        self.wakes_at = float("inf")  # for the link that becomes due next
         self.counter = Counter(new_replica(rng.getrandbits))
         self.table = PeerTable(self.counter.replica, address, seeds, INTERVAL_S, TIMEOUT_S, fanout=8, rng=rng)
         self.gossip = Gossip(self.counter, self.table, 0.1, 10.0, pushed_to=8, doubtful_max=2, rng=rng)
@@ -35,6 +38,8 @@ class SimulatedNode:
     def sweep(self):
         now = self.network.now
         sweep = self.table.sweep(now)
+        for change in sweep.changes:
+            self.network.note(self, change)
         self.gossip.swept(sweep.contact, sweep.seeds, now)
         self.network.at(now + INTERVAL_S, self, self.sweep)
 
@@ -49,20 +54,31 @@ class SimulatedNode:
                 self.network.exchange(self, link, request)
             else:
                 self.gossip.released(link)
-        if (due := self.gossip.next_due(now)) < float("inf"):
-            self.network.at(due, self, lambda: None)
+        if (due := self.gossip.next_due(now)) < self.wakes_at:
+            self.wakes_at = due
+            self.network.at(due, self, self.wake)
+
+    def wake(self):
+        self.wakes_at = float("inf")
 
 
 class Network:
-    """Carries messages between nodes: late, out of order, twice or not at all."""
+    """Carries messages between nodes: late, out of order, twice or not at all.
 
-    def __init__(self, seed, loss=0.1, repeat=0.1, delay_s=0.05):
+    With `as_json` they travel as bytes, as they do between real nodes.  Without, the receiver gets
+    the very Message, of which nobody changes any part: that is many times faster, and only one
+    message in SAMPLE is encoded, for its size.
+    """
+
+    def __init__(self, seed, loss=0.1, repeat=0.1, delay_s=0.05, as_json=True):
         self.rng = random.Random(seed)
-        self.loss, self.repeat, self.delay_s = loss, repeat, delay_s
+        self.loss, self.repeat, self.delay_s, self.as_json = loss, repeat, delay_s, as_json
         self.now = 0.0
         self.nodes = {}  # address -> SimulatedNode
         self.cut = set()  # pairs of addresses between which nothing passes
         self.log = {}  # (replica, sequence) -> (name, amount, key): all increments there ever were
+        self.messages = self.bytes = 0  # sent so far; the bytes of the JSON alone, estimated
+        self.false_removals = 0  # how often a live node within reach was taken for lost
         self._events, self._tie = [], itertools.count()
 
     def start(self, address, seeds=()):
@@ -75,6 +91,12 @@ class Network:
     def split(self, *groups):
         """Cut all links between nodes of different groups."""
         self.cut = {(a, b) for one, other in itertools.permutations(groups, 2) for a in one for b in other}
+
+    def note(self, node, change):
+        """Take note of a change that a sweep of a node found."""
+        if change.what == "lost" and (node.address, change.address) not in self.cut:
+            other = self.nodes.get(change.address)
+            self.false_removals += bool(other and other.alive and other.counter.replica == change.id)
 
     def at(self, time, node, action):
         heapq.heappush(self._events, (time, next(self._tie), node, action))
@@ -104,7 +126,7 @@ class Network:
     def exchange(self, sender, link, request):
         """Carry a request and its answer; whatever is lost ends in a failure at the sender."""
         pending = [True]
-        body = encode(request)
+        sent = self._send(request)
 
         def fail():
             if pending:
@@ -114,10 +136,10 @@ class Network:
         def answered(answer):
             if pending:
                 pending.clear()
-                sender.gossip.answered(link, request, decode(answer), self.now)
+                sender.gossip.answered(link, request, self._receive(answer), self.now)
 
         def arrive(receiver):
-            answer = encode(receiver.gossip.receive(decode(body), self.now))
+            answer = self._send(receiver.gossip.receive(self._receive(sent), self.now))
             for delay_s in self._deliveries(receiver.address, sender.address):
                 self.at(self.now + delay_s, sender, lambda: answered(answer))
 
@@ -127,12 +149,30 @@ class Network:
             if receiver:
                 self.at(self.now + delay_s, receiver, lambda: arrive(receiver))
 
+    def _send(self, message):
+        """Return what travels of a message, and count it."""
+        self.messages += 1
+        if self.as_json:
+            body = encode(message)
+            self.bytes += len(body)
+            return body
+        if self.messages % SAMPLE == 0:
+            self.bytes += SAMPLE * len(encode(message))
+        return message if message.hash is None else message._replace(applied=None)
+
+    def _receive(self, sent):
+        return decode(sent) if self.as_json else sent
+
     def _deliveries(self, sender, receiver):
         """Return after how long a message arrives, once for every time it does."""
         if (sender, receiver) in self.cut or self.rng.random() < self.loss:
             return []
         copies = 2 if self.rng.random() < self.repeat else 1
-        return [self.rng.expovariate(1 / self.delay_s) for _ in range(copies)]
+        return [self.delay(sender, receiver) for _ in range(copies)]
+
+    def delay(self, sender, receiver):
+        """Return how long the next message takes on its way."""
+        return self.rng.expovariate(1 / self.delay_s)
 
     def alive(self):
         return [node for node in self.nodes.values() if node.alive]
