@@ -463,7 +463,12 @@ class Gossip:
             if link in self._pushed:  # others are tried again by the sweeps alone
                 self._schedule_locked(link, link.retry_at)
         # A peer that stays down is one line, not one per try.
-        log.log(logging.WARNING if failures == 1 else logging.DEBUG, "retrying: addr=%s error=%s", link.address, _cause(error))
+        log.log(
+            logging.WARNING if failures == 1 else logging.DEBUG,
+            "retrying: addr=%s error=%s",
+            link.address,
+            _cause(error),
+        )
 
     def _back_off_locked(self, link, now):
         link.failures += 1
@@ -587,8 +592,7 @@ class Replicator:
         # than the time in which it is given up.
         self._read_timeout_s = max(1.0, peer_timeout_s / 2)
         self._threads = [
-            threading.Thread(target=self._work, name=f"retry-worker-{number}", daemon=True)
-            for number in range(workers)
+            threading.Thread(target=self._work, name=f"retry-worker-{number}", daemon=True) for number in range(workers)
         ]
 
     def start(self):

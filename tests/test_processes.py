@@ -264,7 +264,7 @@ def test_a_node_whose_seeds_stay_silent_is_ready_alone_in_the_end(start_node):
 
 
 def test_a_killed_node_is_lost_and_its_increments_are_not(start_cluster):
-    """A killed node goes from the active to the lost peers; what it had passed on stays counted, and counting goes on."""
+    """A killed node becomes a lost peer; what it had passed on stays counted, and counting goes on."""
     killed, *others = start_cluster(3)
     increment_times(killed, 10)
     all_count(10, killed, *others)
