@@ -574,6 +574,7 @@ def main(arguments=None):
     logging.raiseExceptions = False  # a full disk behind stderr is no reason for tracebacks
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of every quick try
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler prints a traceback
     # Blocked here and so in every thread to come, a signal waits for sigwait(), whatever runs.
     # With handlers instead the kernel may pick any thread, and the main thread may sleep on.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

@@ -31,7 +31,7 @@ import urllib3
 from requests.adapters import HTTPAdapter
 
 from counter import AMOUNT_MAX, NAME, REPLICA, SEQUENCE_MAX, Delta
-from peers import Sender, View, join_address, log_changes, parse_address, split_address
+from peers import LOST, Sender, View, join_address, log_changes, parse_address, split_address
 
 log = logging.getLogger("counter.replication")
 
@@ -571,13 +571,15 @@ class Gossip:
         """Tell all active peers everything and that this node leaves; return whether all confirmed."""
         self._table.leave()
         mine = self._counter.vector()  # what peers tell it from now on they hold anyway
-        self.swept([address for _, address in self._table.active()], [], clock())
+        told = dict(self._table.active())
+        self.swept(told.values(), [], clock())
         deadline = clock() + timeout_s
         while True:
-            addresses = [address for _, address in self._table.active()]  # some may leave as well
+            # Some may leave as well.  Of those that are lost meanwhile, who lacks nothing is let go.
+            states = {id: state for id, _, state, _ in self._table.snapshot(clock()) if id in told}
             with self._lock:
-                links = map(self._link_locked, addresses)
-                if all(link.told_leaving and not lacks(link.confirmed or {}, mine) for link in links):
+                links = [(self._link_locked(told[id]), state == LOST) for id, state in states.items()]
+                if all((link.told_leaving or lost) and not lacks(link.confirmed or {}, mine) for link, lost in links):
                     return True
                 if not self._confirming.wait(deadline - clock()):
                     return False

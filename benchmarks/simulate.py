@@ -158,7 +158,8 @@ def life(nodes, seed, args):
     victim = network.nodes[address_of(nodes - 1)]
     network.crash(victim.address)
     figures["gone_s"] = run_until(
-        network, lambda: all((victim.counter.replica, victim.address) not in node.table.active() for node in network.alive()),
+        network,
+        lambda: all((victim.counter.replica, victim.address) not in node.table.active() for node in network.alive()),
         0.25, CRASH_MAX_S,
     )  # fmt: skip
     figures["false"] = network.false_removals

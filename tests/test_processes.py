@@ -373,6 +373,26 @@ def test_nodes_asked_to_stop_together_do_not_wait_for_each_other(start_cluster):
     assert [node.process.wait(15) for node in nodes] == [0, 0, 0]
 
 
+def test_a_node_asked_to_stop_waits_for_a_lost_peer_that_lacks_something(wire, start_node):
+    """Until --drain-timeout a node that stops goes on trying to hand over, also to a peer it has lost meanwhile."""
+    wires, nodes = [wire(), wire()], []
+    for way in wires:
+        nodes.append(start_node("--advertise", way.address, "--drain-timeout", "600", *NO_LATE_RETRY, peers=nodes))
+        nodes[-1].address, way.target = way.address, nodes[-1].port
+    all_know_each_other(*nodes)
+    for way in wires:
+        way.cut()
+    node, peer = nodes
+    node.increment()
+    node.send_signal(signal.SIGTERM)
+    wait_until_lost(node, peer)
+    wait_until(lambda: "peer lost" in node.stderr())
+    for way in wires:
+        way.mend()
+    assert node.process.wait(15) == 0
+    assert peer.count() == 1
+
+
 def test_a_second_signal_ends_a_node_that_still_hands_over(start_cluster):
     """A node that waits for a hanging peer while stopping ends at once when it is told a second time."""
     node, hanging = start_cluster(2, "--drain-timeout", "600", "--peer-timeout", "600")
