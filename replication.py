@@ -224,6 +224,7 @@ class _Link:
         self.in_flight = False
         self.compare = True  # the next message is to compare vectors, not only to push
         self.started = -NEVER  # when it was last sent to
+        self.pushed = -NEVER  # when increments were last pushed to it, and nothing else
         self.failures = 0  # in a row
         self.retry_at = -NEVER  # before that only heartbeats are sent: it backs off
         self.peer = None  # the replica id that answered last
@@ -335,9 +336,10 @@ class Gossip:
             self._due.notify()
 
     def _schedule_push_locked(self, link, now):
-        # The more peers, the longer the pauses: the cost of pushing stays what it is.
-        pacing_s = PACING_S * len(self._pushed)
-        self._schedule_locked(link, max(now, link.started + pacing_s, link.retry_at))
+        # The more peers, the longer the pauses: the cost of pushing stays what it is.  A heartbeat
+        # does not delay the push after it, or every second some increments would come late.
+        latest = link.started if link.compare else link.pushed
+        self._schedule_locked(link, max(now, latest + PACING_S * len(self._pushed), link.retry_at))
 
     # A send, from its being due to its end.
 
@@ -381,6 +383,8 @@ class Gossip:
             return None
         link = min(due, key=lambda link: (link.doubtful(), link.due))
         link.in_flight, link.due, link.started = True, NEVER, now
+        if not link.compare:
+            link.pushed = now
         self._touched = False
         return link
 
@@ -476,7 +480,12 @@ class Gossip:
             if link in self._pushed:  # others are tried again by the sweeps alone
                 self._schedule_locked(link, link.retry_at)
         # A peer that stays down is one line, not one per try.
-        log.log(logging.WARNING if failures == 1 else logging.DEBUG, "retrying: addr=%s error=%s", link.address, _cause(error))
+        log.log(
+            logging.WARNING if failures == 1 else logging.DEBUG,
+            "retrying: addr=%s error=%s",
+            link.address,
+            _cause(error),
+        )
 
     def _back_off_locked(self, link, now):
         link.failures += 1
@@ -600,8 +609,7 @@ class Replicator:
         # than the time in which it is given up.
         self._read_timeout_s = max(1.0, peer_timeout_s / 2)
         self._threads = [
-            threading.Thread(target=self._work, name=f"retry-worker-{number}", daemon=True)
-            for number in range(workers)
+            threading.Thread(target=self._work, name=f"retry-worker-{number}", daemon=True) for number in range(workers)
         ]
 
     def start(self):

@@ -114,7 +114,10 @@ def idle(network, nodes):
     """Return (messages, bytes) sent per node per second while nothing happens."""
     messages, size = network.messages, network.bytes
     network.run(IDLE_S)
-    return [round((now - before) / nodes / IDLE_S, 2) for now, before in ((network.messages, messages), (network.bytes, size))]
+    return [
+        round((now - before) / nodes / IDLE_S, 2)
+        for now, before in ((network.messages, messages), (network.bytes, size))
+    ]
 
 
 def increments(network):
@@ -199,7 +202,9 @@ def table(results):
         for size in sizes:
             value = median(results, size, name)
             missed = target is not None and value is not None and value > target
-            cells.append(f"{'-' if value is None else f'{value:,.4g}' if value < 1e4 else f'{value:,.0f}'}{'*' * missed}")
+            cells.append(
+                f"{'-' if value is None else f'{value:,.4g}' if value < 1e4 else f'{value:,.0f}'}{'*' * missed}"
+            )
         if any(cell != "-" for cell in cells):
             limit = "" if target is None else f" (at most {target})"
             lines.append(f"{title + limit:62}" + "".join(f"{cell:>12}" for cell in cells))
@@ -267,7 +272,9 @@ def parse(arguments):
     parser.add_argument("--repeat", type=float, default=0.0, help="part of all messages that arrives twice")
     parser.add_argument("--heavy-loss", type=float, default=0.1, help="in the scenario loss")
     parser.add_argument("--loss-seconds", type=int, default=600, help="how long it lasts")
-    parser.add_argument("--pause", type=float, default=0.0, help="in it, a node stops for so long every ten seconds or so")
+    parser.add_argument(
+        "--pause", type=float, default=0.0, help="in it, a node stops for so long every ten seconds or so"
+    )
     parser.add_argument("--save", type=Path, help="JSON file the figures of every run are added to")
     parser.add_argument("--plot", type=Path, help="SVG file for the curves")
     return parser.parse_args(arguments)

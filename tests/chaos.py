@@ -1,6 +1,6 @@
 """Random increments at a real cluster while its nodes and links fail, and the checker of the counts.
 
-    python tests/chaos.py --runs 10 --seconds 20
+python tests/chaos.py --runs 10 --seconds 20
 """
 
 import argparse

@@ -92,7 +92,6 @@ class NodeProcess:
         self.process.terminate()
         return self.process.wait(timeout_s)
 
-
     def end(self):
         """Make sure that it has ended, and has printed no traceback."""
         if self.process.poll() is None:

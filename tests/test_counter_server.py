@@ -21,10 +21,12 @@ from conftest import PROJECT, wait_until
 import counter_server
 import http1
 import replication
+import serving
 from counter import AMOUNT_MAX, Delta, increment_id, new_replica
-from counter_server import BODY_MAX, CLIENT, Connection, Node, parse_arguments
+from counter_server import Node, parse_arguments
 from peers import Sender
 from replication import Message
+from serving import BODY_MAX, CLIENT, Connection
 
 NOBODYS_ID = "00000000-0000-8000-8000-000000000001"  # an increment that never arrives
 
@@ -515,9 +517,9 @@ def uuid7(seconds_ago):
 
 def test_a_uuid7_that_may_have_been_forgotten_is_refused(client):
     """So that not even a very late retry counts twice."""
-    assert client.ask("POST", "/increment/late", f"Idempotency-Key: {uuid7(3000)}").status == 200
-    problem(client.ask("POST", "/increment/late", f"Idempotency-Key: {uuid7(4000)}"), 400)
-    assert client.count("late") == 1
+    assert client.ask("POST", "/increment/stale-key", f"Idempotency-Key: {uuid7(3000)}").status == 200
+    problem(client.ask("POST", "/increment/stale-key", f"Idempotency-Key: {uuid7(4000)}"), 400)
+    assert client.count("stale-key") == 1
 
 
 def test_without_room_for_a_key_the_client_is_told_when_to_come_back(start_local, connect):
@@ -555,7 +557,9 @@ def test_a_replay_waits_for_acks_as_well(client):
     assert (replay.status, replay.json()["acks"], replay.json()["count"]) == (202, 1, 1)
 
 
-@pytest.mark.parametrize("query", ["acks=0", "acks=-1", "acks=x", "acks=", "acks=1.0", "acks=1&timeout=61", "timeout=1"])
+@pytest.mark.parametrize(
+    "query", ["acks=0", "acks=-1", "acks=x", "acks=", "acks=1.0", "acks=1&timeout=61", "timeout=1"]
+)
 def test_acks_that_make_no_sense_are_refused(client, query):
     """Nothing is counted then."""
     problem(client.ask("POST", f"/increment/no-acks?{query}"), 400)
@@ -903,7 +907,7 @@ def test_what_is_no_clean_http_is_refused(client, connect, node, raw, status):
 
 def test_a_bare_lf_ends_nothing(client, monkeypatch):
     """A head whose lines end in LF alone is waited for in vain."""
-    monkeypatch.setattr(counter_server, "HEAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(serving, "HEAD_TIMEOUT_S", 0.1)
     client.send(b"GET /count HTTP/1.1\nHost: a\n\n")
     closes_with(client, 408)
 
@@ -939,7 +943,7 @@ def test_the_largest_head_may_be_cut_anywhere(node):
 
 def test_a_body_that_is_too_large_is_refused_and_the_answer_can_be_read(client, monkeypatch):
     """A client that first sends all of it is listened to until then."""
-    monkeypatch.setattr(counter_server, "LINGER_S", 15.0)
+    monkeypatch.setattr(serving, "LINGER_S", 15.0)
     client.send(request("POST", "/increment/large", body=b"x" * (128 * BODY_MAX)))
     reply = client.read()
     problem(reply, 413)
@@ -954,7 +958,7 @@ def test_a_body_that_is_too_large_is_not_asked_for(client):
 
 def test_a_head_must_be_complete_in_time(client, monkeypatch):
     """However steadily it trickles in."""
-    monkeypatch.setattr(counter_server, "HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(serving, "HEAD_TIMEOUT_S", 0.2)
     client.send(b"GET /count HTTP/1.1\r\nX: ")
 
     def answered():
@@ -967,7 +971,7 @@ def test_a_head_must_be_complete_in_time(client, monkeypatch):
 
 def test_a_body_must_be_complete_in_time(client, monkeypatch):
     """Nothing of a half one is counted."""
-    monkeypatch.setattr(counter_server, "BODY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(serving, "BODY_TIMEOUT_S", 0.1)
     client.send(request("POST", "/increment/half", "Content-Length: 13") + b'{"amount"')
     closes_with(client, 408)
 
@@ -975,7 +979,7 @@ def test_a_body_must_be_complete_in_time(client, monkeypatch):
 @pytest.mark.parametrize("requests", [0, 1])
 def test_an_idle_connection_is_closed(node, connect, monkeypatch, requests):
     """Without a word, before its first request or after one."""
-    monkeypatch.setattr(counter_server, "IDLE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(serving, "IDLE_TIMEOUT_S", 0.1)
     client = connect(node)
     for _ in range(requests):
         assert client.ask("GET", "/count").status == 200
@@ -1059,8 +1063,8 @@ def test_a_peer_that_came_as_a_client_makes_room_for_one(full, connect):
 
 def test_silent_clients_do_not_keep_a_peer_out(full, connect, monkeypatch):
     """Those beyond the limit who say nothing are soon hung up on, and make room."""
-    monkeypatch.setattr(counter_server, "RESERVE_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(counter_server, "RESERVE_MAX", 2)
+    monkeypatch.setattr(serving, "RESERVE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(serving, "RESERVE_MAX", 2)
     node, _clients = full
     silent = [connect(node) for _ in range(4)]
 

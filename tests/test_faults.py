@@ -255,5 +255,8 @@ def test_a_page_of_another_site_cannot_increment(start_node):
     answer = node.ask("OPTIONS", "/increment", headers=good | {"Access-Control-Request-Method": "POST"})
     assert answer.status == 204
     assert "Idempotency-Key" in answer.headers["Access-Control-Allow-Headers"]
-    assert node.ask("GET", "/count", headers={"Origin": "https://bad.example"}).headers["Access-Control-Allow-Origin"] is None
+    assert (
+        node.ask("GET", "/count", headers={"Origin": "https://bad.example"}).headers["Access-Control-Allow-Origin"]
+        is None
+    )
     assert node.count() == 3

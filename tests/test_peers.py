@@ -61,7 +61,23 @@ def test_an_address_has_one_spelling(text, address):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", ":80", "x:", "x:0", "x:65536", "x:-1", "x:8 0", "::1:80", "[::1]", "[x]:80", "x y:80", "http://x:80", "x:٣", "[fe80::1%eth0]:80"],
+    [
+        "",
+        "x",
+        ":80",
+        "x:",
+        "x:0",
+        "x:65536",
+        "x:-1",
+        "x:8 0",
+        "::1:80",
+        "[::1]",
+        "[x]:80",
+        "x y:80",
+        "http://x:80",
+        "x:٣",
+        "[fe80::1%eth0]:80",
+    ],
 )
 def test_what_is_no_address_is_refused(text):
     with pytest.raises(ValueError):

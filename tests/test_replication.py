@@ -59,7 +59,9 @@ def talk(sender, receiver, link, now):
     [
         Message(A_SENDS, View([(B, AT_B, 3)], [C]), {A: 5}, None, None, []),
         Message(A_SENDS, NOBODY, None, "0" * 32, {A: 5}, []),
-        Message(A_SENDS._replace(address=None, leaving=True), NOBODY, None, None, None, [Delta(A, 1, 3, {"x": (3, -7)})]),
+        Message(
+            A_SENDS._replace(address=None, leaving=True), NOBODY, None, None, None, [Delta(A, 1, 3, {"x": (3, -7)})]
+        ),
     ],
 )
 def test_a_message_survives_its_journey(message):

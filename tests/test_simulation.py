@@ -14,7 +14,7 @@ ADDRESSES = [f"10.0.0.{number}:8080" for number in range(1, 6)]
 def test_any_order_of_deltas_leads_to_the_same_exact_counts(block):
     """Deltas lost, repeated, late, or cut too far back or ahead, crashes, one key at several nodes:
     at every moment every node holds exact prefixes and counts of what it holds each key once."""
-    for seed in range(block * 30, block * 30 + 30):
+    for seed in range(block * 12, block * 12 + 12):
         rng = random.Random(seed)
         counters = [Counter(new_replica(rng.getrandbits)) for _ in range(5)]
         flying, log, payloads = [], {}, {}
@@ -49,7 +49,7 @@ def test_any_order_of_deltas_leads_to_the_same_exact_counts(block):
         assert all(counter.vector() == counters[0].vector() for counter in counters), seed
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(25))
 def test_all_nodes_agree_whatever_the_network_did(seed):
     """Once the network is whole again, all nodes hold each increment that any live node holds."""
     network = Network(seed)
@@ -84,7 +84,7 @@ def test_all_nodes_agree_whatever_the_network_did(seed):
     network.check()
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_partition_of_any_length_heals_by_itself(seed):
     """Both sides drop each other, and still find each other and agree after the cut is mended."""
     network = Network(seed, loss=0.02)
@@ -94,7 +94,7 @@ def test_a_partition_of_any_length_heals_by_itself(seed):
     network.split(ADDRESSES[:2], ADDRESSES[2:])
     for node in network.alive():
         node.increment("a", 1)
-    network.run(600)
+    network.run(150)
     assert [len(node.table.active()) for node in network.alive()] == [1, 1, 2, 2, 2]
     assert [node.counter.value("a") for node in network.alive()] == [2, 2, 3, 3, 3]
     network.cut = set()

@@ -1,0 +1,320 @@
+"""Serving HTTP: a thread per connection, a bounded number of them, and what each does.
+
+    accept thread ─▶ Server.process_request ─▶ connection-N thread ─▶ Connection
+                                                     _read_head, _read_body ─▶ api.action(head)
+                                                     action(body, connection) ─▶ sendall(response)
+
+What the requests mean is the api's business.  This file knows of peers only which path their
+messages come on, and that they are served when clients no longer are.
+"""
+
+import contextlib
+import ipaddress
+import itertools
+import logging
+import socket
+import socketserver
+import struct
+import threading
+import time
+from http.server import ThreadingHTTPServer
+
+import http1
+from http1 import Refused
+from replication import BODY_MAX as MESSAGE_MAX
+from replication import PATH as PEER_PATH
+
+log = logging.getLogger("counter.serving")
+
+BACKLOG = 1024  # the stdlib's 5 resets connections under load
+RECEIVE_SIZE = 65536
+BODY_MAX = 64 * 1024  # bytes of a public request's body
+HEAD_TIMEOUT_S = 10.0  # for a whole head, however slowly it trickles in
+BODY_TIMEOUT_S = 30.0
+IDLE_TIMEOUT_S = 60.0
+SEND_TIMEOUT_S = 30.0
+CLIENT, PEER, RESERVED = "client", "peer", "reserved"  # kinds of connections
+RESERVE_MAX = 64  # connections read beyond --max-connections, to find the peers among them
+RESERVE_TIMEOUT_S = 2.0  # for each part of the request by which such a connection shows to be a peer's
+LINGER_S = 1.0  # for a client to read the last response
+STOP_S = 2.0  # for requests in flight when the server stops
+
+
+class Connection(socketserver.BaseRequestHandler):
+    """One connection of a client or a peer, served by a thread of its own."""
+
+    def __init__(self, sock, address, server, kind):
+        self.kind = kind
+        super().__init__(sock, address, server)  # which calls the two below
+
+    def setup(self):
+        self._received = b""  # read, but not yet part of a request
+        self._receive_timeout_s = None  # as it is set on the socket
+
+    def local_host(self):
+        """Return the address of this machine that the connection came to."""
+        host = ipaddress.ip_address(self.request.getsockname()[0])
+        return str(getattr(host, "ipv4_mapped", None) or host)
+
+    def handle(self):
+        try:
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_TIMEOUT_S))
+            self._serve()
+        except OSError:  # the client hung up, or is too slow
+            pass
+        except Exception:  # a bug; it costs this connection only
+            log.exception("serving a request failed")
+            with contextlib.suppress(OSError):
+                self._close_with(Refused(500, "this node failed to serve the request; see its log").response())
+
+    def _serve(self):
+        idle_s = RESERVE_TIMEOUT_S if self.kind == RESERVED else IDLE_TIMEOUT_S
+        while self._received or self._receive(idle_s):
+            received = self._received
+            response, keep_alive, action = self._answer_next()
+            if not keep_alive or self._is_to_end():
+                self._close_with(response)
+                return
+            self.request.sendall(response)
+            if action:
+                self._serve_repeated(received, action)
+
+    def _serve_repeated(self, request, action):
+        """Answer a request without a body for as long as the client sends just these bytes again.
+
+        Most clients do: their head is always the same.  This is the hot path.
+        """
+        self._set_receive_timeout(IDLE_TIMEOUT_S)
+        receive, send = self.request.recv, self.request.sendall
+        while True:
+            received = receive(RECEIVE_SIZE)
+            if received != request or self._is_to_end():
+                self._received = received
+                return
+            try:
+                response = action(b"", self)
+            except Refused as refused:
+                response = refused.response()
+            send(response)
+
+    def _is_to_end(self):
+        return self.kind == RESERVED or self.server.stopping and self.kind != PEER
+
+    def _answer_next(self):
+        """Read a request; return (response, keep alive, action).
+
+        The action is None where calling it again would not answer the same bytes.
+        """
+        received, head, action = self._received, None, None
+        try:
+            head, raw = self._read_head()
+            repeats = received == raw + b"\r\n\r\n" and not head.length
+            if self.kind == RESERVED and head.path != PEER_PATH:
+                reason = "this node is stopping" if self.server.stopping else "all connections are taken"
+                raise Refused(503, f"{reason}; try again later", [("Retry-After", "1")], close=True)
+            body = self._read_body(head)
+            action = self.server.api.action(head)
+            response, close = action(body, self), False
+        except Refused as refused:
+            response, close = refused.response(), refused.close
+        if head is None:
+            return response, False, None
+        if head.method == "HEAD":
+            response = http1.without_body(response)
+        if head.is_http10 and head.keep_alive:
+            response = http1.with_header(response, b"Connection: keep-alive")
+        repeats = repeats and head.method != "HEAD" and not head.is_http10
+        return response, head.keep_alive and not close, action if repeats else None
+
+    def _read_head(self):
+        """Return the Head of the next request, and the bytes it was parsed from."""
+        deadline = time.monotonic() + (RESERVE_TIMEOUT_S if self.kind == RESERVED else HEAD_TIMEOUT_S)
+        while True:
+            self._received = self._received.removeprefix(b"\r\n")  # RFC 9112 section 2.2
+            raw, end, rest = self._received.partition(b"\r\n\r\n")
+            # Up to 3 bytes of the end of the head, or 1 of the line's, may be among them.
+            if end or len(raw) > http1.HEAD_MAX + 3 or b"\r\n" not in raw and len(raw) > http1.LINE_MAX + 1:
+                break
+            self._receive_by(deadline, "the head of the request took too long")
+        head = http1.parse_head(raw)
+        self._received = rest
+        return head, raw
+
+    def _read_body(self, head):
+        size_max = MESSAGE_MAX if head.path == PEER_PATH else BODY_MAX
+        if head.length > size_max:
+            raise Refused(413, f"the body may have at most {size_max} bytes", close=True)
+        if head.expects_continue and len(self._received) < head.length:
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        deadline = time.monotonic() + (RESERVE_TIMEOUT_S if self.kind == RESERVED else BODY_TIMEOUT_S)
+        chunks, missing = [self._received], head.length - len(self._received)
+        while missing > 0:
+            self._received = b""
+            self._receive_by(deadline, "the body of the request took too long")
+            chunks.append(self._received)
+            missing -= len(self._received)
+        received = b"".join(chunks)
+        self._received = received[head.length :]
+        return received[: head.length]
+
+    def _receive_by(self, deadline, complaint):
+        """Read some more of a request that has begun; Refused if nothing comes by the deadline."""
+        try:
+            if not self._receive(max(0.001, deadline - time.monotonic())):
+                raise ConnectionAbortedError  # hung up half way: there is nobody to answer
+        except BlockingIOError:
+            raise Refused(408, complaint, close=True) from None
+
+    def _receive(self, timeout_s):
+        """Read some more; return whether there was any.  BlockingIOError if none came in time."""
+        self._set_receive_timeout(timeout_s)
+        received = self.request.recv(RECEIVE_SIZE)
+        self._received += received
+        return bool(received)
+
+    def _set_receive_timeout(self, timeout_s):
+        if timeout_s != self._receive_timeout_s:
+            # In the kernel: with socket.settimeout() every recv() would cost a poll() as well.
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout_s))
+            self._receive_timeout_s = timeout_s
+
+    def _close_with(self, response):
+        """Send the last response, and give the client the time to read it.
+
+        Closing with bytes of the client unread would reset the connection, and the response
+        could be lost (RFC 9112 section 9.6).
+        """
+        self.request.sendall(http1.with_header(response, b"Connection: close"))
+        self.request.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER_S
+        while (left_s := deadline - time.monotonic()) > 0 and self._receive(left_s):
+            self._received = b""
+
+
+def _timeval(seconds):
+    return struct.pack("@ll", *divmod(max(1, int(seconds * 1e6)), 1_000_000))  # 0 would be for ever
+
+
+class Server(ThreadingHTTPServer):
+    """Accepts connections, each served by a thread, at most --max-connections of clients.
+
+    Some more are kept in reserve until they show whether they are a peer's: a flood of clients
+    must not cut a node off from the cluster.  Raises OSError if it cannot listen.
+    """
+
+    request_queue_size = BACKLOG
+    allow_reuse_port = False  # or two nodes could take the same port
+
+    def __init__(self, config, api):
+        self.api = api
+        self.stopping = False
+        self._clients_max = config.max_connections
+        # Guards the two below.  Held for dictionary work only, never together with another.
+        # Who waits on it waits for the end of a connection.
+        self._changed = threading.Condition()
+        self._open = {}  # thread -> (socket, kind of the connection it serves)
+        self._numbers = {CLIENT: 0, PEER: 0, RESERVED: 0}  # of open connections
+        self._serial = itertools.count(1)  # used by the accepting thread alone
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.2,), name="accept", daemon=True)
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        self.address_family, _, _, _, address = found[0]
+        super().__init__(address, Connection)
+
+    def server_bind(self):
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)  # HTTPServer would look up the host's name as well
+
+    def start(self):
+        self._thread.start()
+
+    def stop_serving_clients(self, release_waiting):
+        """Let the requests of clients that are in flight be answered; from then on serve peers only.
+
+        `release_waiting` lets those go who wait in an action.
+        """
+        self.stopping = True
+        release_waiting()
+        self._end_connections(CLIENT)
+
+    def stop(self):
+        """Stop listening, end all threads, and return whether they did end."""
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+        return self._end_connections(CLIENT, RESERVED, PEER)
+
+    def _end_connections(self, *kinds):
+        """Have connections end after the request they are in; return whether they did in time."""
+        with self._changed:
+            for sock, kind in self._open.values():
+                if kind in kinds:
+                    with contextlib.suppress(OSError):  # it has just been closed
+                        sock.shutdown(socket.SHUT_RD)  # what was received can still be read
+            return self._changed.wait_for(lambda: not any(self._numbers[kind] for kind in kinds), STOP_S)
+
+    def get_request(self):
+        try:
+            return super().get_request()
+        except OSError:
+            # Most likely no file descriptor is left; a busy loop would not free any.
+            with self._changed:
+                self._changed.wait(0.1)
+            raise
+
+    def process_request(self, sock, address):
+        kind = self._admit()
+        if kind is None:
+            self.shutdown_request(sock)
+            return
+        name = f"connection-{next(self._serial)}"
+        thread = threading.Thread(target=self._serve, args=(sock, address, kind), name=name, daemon=True)
+        with self._changed:
+            self._open[thread] = (sock, kind)
+        try:
+            thread.start()
+        except RuntimeError:
+            log.warning("connection refused: no thread could be started")
+            self._end(thread)
+            self.shutdown_request(sock)
+
+    def _admit(self):
+        """Return the kind of a new connection, counted from now on; None if there is no place."""
+        with self._changed:
+            if not self._changed.wait_for(self._free_locked, RESERVE_TIMEOUT_S):
+                return None
+            kind = self._free_locked()
+            self._numbers[kind] += 1
+            return kind
+
+    def _free_locked(self):
+        """Return a kind of which there may be one connection more; None if there is none."""
+        if self._numbers[CLIENT] < self._clients_max and not self.stopping:
+            return CLIENT
+        return RESERVED if self._numbers[RESERVED] < RESERVE_MAX else None
+
+    def _serve(self, sock, address, kind):
+        try:
+            Connection(sock, address, self, kind)  # which serves it until it ends
+        finally:
+            self.shutdown_request(sock)
+            self._end(threading.current_thread())
+
+    def _end(self, thread):
+        with self._changed:
+            _, kind = self._open.pop(thread)
+            self._numbers[kind] -= 1
+            self._changed.notify_all()
+
+    def recognise_peer(self, connection):
+        """Take note that the connection of the current thread is a peer's, not a client's."""
+        if connection.kind == PEER:
+            return
+        connection.kind = PEER
+        with self._changed:
+            sock, kind = self._open[threading.current_thread()]
+            self._open[threading.current_thread()] = (sock, PEER)
+            self._numbers[kind] -= 1
+            self._numbers[PEER] += 1
+            self._changed.notify_all()
