@@ -84,6 +84,8 @@ def log_changes(changes):
 class _Probe:
     """When to try somebody next who is not active: at intervals that grow to 10 s."""
 
+    __slots__ = ("at", "_tries")  # there is one for every peer, as of the next class
+
     def __init__(self):
         self.at = 0.0
         self._tries = 0
@@ -102,6 +104,8 @@ class _Probe:
 
 
 class _Peer:
+    __slots__ = ("id", "address", "beat", "state", "heard", "place", "risen", "probe")
+
     def __init__(self, id, address, beat, now):
         self.id, self.address, self.beat = id, address, beat
         self.state = RUMOURED
@@ -196,6 +200,21 @@ class PeerTable:
         """Return [(id, address)] of the active peers."""
         with self._lock:
             return [(peer.id, peer.address) for peer in self._roll]
+
+    def choose(self, kept, most):
+        """Return the addresses of that many active peers: those of `kept` that are, then random ones."""
+        with self._lock:
+            chosen = {address: None for address in kept if self._is_active_locked(address)}
+            if len(chosen) == most < len(self._roll):
+                # All are first told of the seed they join through.  It is not to be kept by all.
+                del chosen[self._rng.choice(list(chosen))]
+            for peer in self._rng.sample(self._roll, min(len(self._roll), most + len(chosen))):
+                if len(chosen) < most:
+                    chosen[peer.address] = None
+            return list(chosen)
+
+    def _is_active_locked(self, address):
+        return any(self._peers[id].state == ACTIVE for id in self._ids_at.get(address, ()))
 
     def snapshot(self, now):
         """Return [(id, address, state, seconds of silence)] of active and lost peers."""

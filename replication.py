@@ -306,20 +306,15 @@ class Gossip:
 
     def _follow_membership(self, now):
         """Choose whom to push to, and close the links that are not used any more."""
-        addresses = dict.fromkeys(address for _, address in self._table.active())
         with self._lock:
-            kept = [link.address for link in self._pushed if link.address in addresses]
-            if len(kept) < len(addresses) and len(kept) == self._pushed_to:
-                # All are first told of the seed they join through.  It is not to get every push.
-                del kept[self._rng.randrange(len(kept))]
-            others = [address for address in addresses if address not in kept]
-            others = self._rng.sample(others, min(len(others), self._pushed_to - len(kept)))
-            self._pushed = [self._link_locked(address) for address in kept + others]
+            kept = [link.address for link in self._pushed]
+        chosen = dict.fromkeys(self._table.choose(kept, self._pushed_to))
+        with self._lock:
+            self._pushed = [self._link_locked(address) for address in chosen]
             # In a large cluster most peers are contacted rarely: a connection and a vector kept
             # for each would grow with the square of the cluster.
-            kept = addresses if len(addresses) <= self._pushed_to else dict.fromkeys(kept + others)
             for link in list(self._links.values()):
-                if link.address not in kept and link not in self._pending and now - link.started > LINK_IDLE_S:
+                if link.address not in chosen and link not in self._pending and now - link.started > LINK_IDLE_S:
                     del self._links[link.address]
             self._confirming.notify_all()  # nobody is to wait for a peer that is gone
 
