@@ -84,7 +84,7 @@ def log_changes(changes):
 class _Probe:
     """When to try somebody next who is not active: at intervals that grow to 10 s."""
 
-    __slots__ = ("at", "_tries")  # there is one for every peer, as of the next class
+    __slots__ = ("_tries", "at")  # there is one for every peer, as of the next class
 
     def __init__(self):
         self.at = 0.0
@@ -104,7 +104,7 @@ class _Probe:
 
 
 class _Peer:
-    __slots__ = ("id", "address", "beat", "state", "heard", "place", "risen", "probe")
+    __slots__ = ("address", "beat", "heard", "id", "place", "probe", "risen", "state")
 
     def __init__(self, id, address, beat, now):
         self.id, self.address, self.beat = id, address, beat

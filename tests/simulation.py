@@ -144,10 +144,9 @@ class Network:
                 self.at(self.now + delay_s, sender, lambda: answered(answer))
 
         self.at(self.now + READ_TIMEOUT_S, sender, fail)
-        for delay_s in self._deliveries(sender.address, link.address):
-            receiver = self.nodes.get(link.address)
-            if receiver:
-                self.at(self.now + delay_s, receiver, lambda: arrive(receiver))
+        deliveries, receiver = self._deliveries(sender.address, link.address), self.nodes.get(link.address)
+        for delay_s in deliveries if receiver else ():
+            self.at(self.now + delay_s, receiver, lambda: arrive(receiver))
 
     def _send(self, message):
         """Return what travels of a message, and count it."""

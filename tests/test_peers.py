@@ -5,7 +5,20 @@ import threading
 
 import pytest
 
-from peers import ACTIVE, LOST, MET_MAX, VIEW_MAX, Change, Heartbeat, PeerTable, Sender, View, join_address, parse_address, split_address
+from peers import (
+    ACTIVE,
+    LOST,
+    MET_MAX,
+    VIEW_MAX,
+    Change,
+    Heartbeat,
+    PeerTable,
+    Sender,
+    View,
+    join_address,
+    parse_address,
+    split_address,
+)
 
 ME, A, B, C = (f"{letter * 8}-{letter * 4}-8{letter * 3}" for letter in "fabc")
 AT_ME, AT_A, AT_B, AT_C = (f"10.0.0.{number}:80" for number in range(4))

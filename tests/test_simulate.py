@@ -26,7 +26,7 @@ def test_the_life_of_a_cluster_is_the_same_every_time(tmp_path):
     assert all(value is not None for value in figures["12 1"].values())
     assert "*" not in table
     drawn = xml.dom.minidom.parse(str(plot))
-    assert len(drawn.getElementsByTagName("polyline")) == len(drawn.getElementsByTagName("circle")) / 2 == 9
+    assert len(drawn.getElementsByTagName("polyline")) == len(drawn.getElementsByTagName("circle")) / 2 == 8
 
 
 def test_loss_is_measured_into_the_same_file(tmp_path):
