@@ -219,7 +219,7 @@ class PeerTable:
     def snapshot(self, now):
         """Return [(id, address, state, seconds of silence)] of active and lost peers."""
         with self._lock:
-            listed = self._in_state_locked(ACTIVE, LOST)
+            listed = [peer for peer in self._peers.values() if peer.state != RUMOURED]
             return [(peer.id, peer.address, peer.state, max(0.0, now - peer.heard)) for peer in listed]
 
     def sweep(self, now):
@@ -241,7 +241,7 @@ class PeerTable:
                         changes.append(Change("lost", peer.id, peer.address))
                     elif peer.state == RUMOURED:
                         self._forget_locked(peer.id, peer.beat)
-            lost = sorted(self._in_state_locked(LOST), key=lambda peer: peer.heard)
+            lost = sorted((peer for peer in self._others_locked() if peer.state == LOST), key=lambda peer: peer.heard)
             for peer in lost[:-LOST_MAX]:
                 self._forget_locked(peer.id, peer.beat)
             self._answered = {a: id for a, id in self._answered.items() if id in self._peers or id == self._id}
@@ -287,7 +287,7 @@ class PeerTable:
 
     def _probes_locked(self, now):
         """Return the addresses of lost and rumoured peers whose turn it is, newest news first."""
-        waiting = sorted(self._in_state_locked(LOST, RUMOURED), key=lambda peer: -peer.heard)
+        waiting = sorted(self._others_locked(), key=lambda peer: -peer.heard)
         # In a large cluster what others probe is enough, once there are others.
         most = max(1, self._fanout - len(self._roll)) if self._large_locked() else self._fanout
         due = []
@@ -331,8 +331,9 @@ class PeerTable:
                     self._answered[answered_at] = self._id
                 return contact, changes
             self._sender_locked(sender, now, answered_at, contact, changes)
+            find = self._peers.get
             for id, address, beat in view.peers:
-                peer = self._peers.get(id)
+                peer = find(id)
                 if peer is None or beat > peer.beat:  # most is known already
                     self._rumour_locked(peer, id, address, beat, now, contact, changes)
             for id in view.left:
@@ -448,8 +449,11 @@ class PeerTable:
             peer.address = address
             self._ids_at.setdefault(address, {})[peer.id] = None
 
-    def _in_state_locked(self, *states):
-        return [peer for peer in self._peers.values() if peer.state in states]
+    def _others_locked(self):
+        """Return the peers that are not active; most often there are none."""
+        if len(self._roll) == len(self._peers):
+            return []
+        return [peer for peer in self._peers.values() if peer.state != ACTIVE]
 
     def _answerers_locked(self, seed):
         return {self._answered[address] for address in seed.addresses if address in self._answered}

@@ -15,7 +15,7 @@ from replication import Gossip, decode, encode
 
 INTERVAL_S, TIMEOUT_S = 1.0, 5.0  # the defaults of the command line
 READ_TIMEOUT_S = 1.0
-SAMPLE = 97  # one message in so many is encoded where only the size is wanted; a prime, to be in step with nothing
+SAMPLE = 397  # one message in so many is encoded where only the size is wanted; a prime, to be in step with nothing
 
 
 class SimulatedNode:
