@@ -84,6 +84,8 @@ def log_changes(changes):
 class _Probe:
     """When to try somebody next who is not active: at intervals that grow to 10 s."""
 
+    __slots__ = ("_tries", "at")  # there is one for every peer, as of the next class
+
     def __init__(self):
         self.at = 0.0
         self._tries = 0
@@ -102,6 +104,8 @@ class _Probe:
 
 
 class _Peer:
+    __slots__ = ("address", "beat", "heard", "id", "place", "probe", "risen", "state")
+
     def __init__(self, id, address, beat, now):
         self.id, self.address, self.beat = id, address, beat
         self.state = RUMOURED
@@ -197,10 +201,25 @@ class PeerTable:
         with self._lock:
             return [(peer.id, peer.address) for peer in self._roll]
 
+    def choose(self, kept, most):
+        """Return the addresses of that many active peers: those of `kept` that are, then random ones."""
+        with self._lock:
+            chosen = {address: None for address in kept if self._is_active_locked(address)}
+            if len(chosen) == most < len(self._roll):
+                # All are first told of the seed they join through.  It is not to be kept by all.
+                del chosen[self._rng.choice(list(chosen))]
+            for peer in self._rng.sample(self._roll, min(len(self._roll), most + len(chosen))):
+                if len(chosen) < most:
+                    chosen[peer.address] = None
+            return list(chosen)
+
+    def _is_active_locked(self, address):
+        return any(self._peers[id].state == ACTIVE for id in self._ids_at.get(address, ()))
+
     def snapshot(self, now):
         """Return [(id, address, state, seconds of silence)] of active and lost peers."""
         with self._lock:
-            listed = self._in_state_locked(ACTIVE, LOST)
+            listed = [peer for peer in self._peers.values() if peer.state != RUMOURED]
             return [(peer.id, peer.address, peer.state, max(0.0, now - peer.heard)) for peer in listed]
 
     def sweep(self, now):
@@ -222,7 +241,7 @@ class PeerTable:
                         changes.append(Change("lost", peer.id, peer.address))
                     elif peer.state == RUMOURED:
                         self._forget_locked(peer.id, peer.beat)
-            lost = sorted(self._in_state_locked(LOST), key=lambda peer: peer.heard)
+            lost = sorted((peer for peer in self._others_locked() if peer.state == LOST), key=lambda peer: peer.heard)
             for peer in lost[:-LOST_MAX]:
                 self._forget_locked(peer.id, peer.beat)
             self._answered = {a: id for a, id in self._answered.items() if id in self._peers or id == self._id}
@@ -268,7 +287,7 @@ class PeerTable:
 
     def _probes_locked(self, now):
         """Return the addresses of lost and rumoured peers whose turn it is, newest news first."""
-        waiting = sorted(self._in_state_locked(LOST, RUMOURED), key=lambda peer: -peer.heard)
+        waiting = sorted(self._others_locked(), key=lambda peer: -peer.heard)
         # In a large cluster what others probe is enough, once there are others.
         most = max(1, self._fanout - len(self._roll)) if self._large_locked() else self._fanout
         due = []
@@ -312,8 +331,9 @@ class PeerTable:
                     self._answered[answered_at] = self._id
                 return contact, changes
             self._sender_locked(sender, now, answered_at, contact, changes)
+            find = self._peers.get
             for id, address, beat in view.peers:
-                peer = self._peers.get(id)
+                peer = find(id)
                 if peer is None or beat > peer.beat:  # most is known already
                     self._rumour_locked(peer, id, address, beat, now, contact, changes)
             for id in view.left:
@@ -429,8 +449,11 @@ class PeerTable:
             peer.address = address
             self._ids_at.setdefault(address, {})[peer.id] = None
 
-    def _in_state_locked(self, *states):
-        return [peer for peer in self._peers.values() if peer.state in states]
+    def _others_locked(self):
+        """Return the peers that are not active; most often there are none."""
+        if len(self._roll) == len(self._peers):
+            return []
+        return [peer for peer in self._peers.values() if peer.state != ACTIVE]
 
     def _answerers_locked(self, seed):
         return {self._answered[address] for address in seed.addresses if address in self._answered}

@@ -98,6 +98,10 @@ class Node:
 
         self.port = int(wait_until(listening, "a node listens")[1])
 
+    def kill(self):
+        self._process.kill()
+        self._process.wait()
+
     def cpu_s(self):
         """Return the CPU seconds used so far."""
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -108,10 +112,11 @@ class Node:
 
 
 @contextlib.contextmanager
-def start_node(peers=()):
-    """Start a node, and end it at the end of `with`."""
+def start_node(peers=(), flags=()):
+    """Start a node, with more flags of the command line, and end it at the end of `with`."""
     seeds = ["--peers", ",".join(f"{HOST}:{peer.port}" for peer in peers)] if peers else []
     command = [sys.executable, PROJECT / "counter_server.py", "--port", "0", "--max-counters", "1000000", *seeds]
+    command += map(str, flags)
     started = time.monotonic()
     with (
         tempfile.TemporaryFile() as log,

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """How the cluster behaves as it grows: N real nodes without sockets and threads, on a virtual clock.
 
     python benchmarks/simulate.py --nodes 10 100 1000 --seeds 5 --save docs/scale.json --plot docs/scale.svg
@@ -21,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from simulation import Network  # noqa: E402
+from simulation import Network
 
 COLD_START_MAX_S, SETTLING_S, IDLE_S = 60, 15, 10
 INCREMENTS, INCREMENT_EVERY_S, INCREMENT_MAX_S = 20, 0.5, 15
@@ -222,11 +223,11 @@ def curves(results):
     """Return an SVG with a curve over N for every figure."""
     sizes = sorted({int(key.split()[0]) for key in results})
     width, height, columns = 320, 190, 3
-    names = [name for name in FIGURES if any(median(results, size, name) is not None for size in sizes)]
+    names = [name for name in FIGURES if name != "cpu_s" and any(median(results, size, name) is not None for size in sizes)]
     rows = -(-len(names) // columns)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * columns} {height * rows}" '
-        'font-family="sans-serif" font-size="10">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * columns} {height * rows}">',
+        "<style>text { font: 10px sans-serif }</style>",
         '<rect width="100%" height="100%" fill="white"/>',
     ]
     for index, name in enumerate(names):
@@ -247,7 +248,7 @@ def panel(results, sizes, name, width, height):
     def y(value):
         return height - 35 - (height - 70) * value / top
 
-    parts = [f'<text x="12" y="18" font-size="11">{title}</text>',
+    parts = [f'<text x="12" y="18">{title}</text>',
              f'<path d="M40 {y(top)}V{y(0)}H{width - 20}" fill="none" stroke="#888"/>',
              f'<text x="36" y="{y(0)}" text-anchor="end">0</text>']  # fmt: skip
     parts += [f'<text x="{x[size]}" y="{y(0) + 14}" text-anchor="middle">{size:,}</text>' for size in sizes]

@@ -5,7 +5,20 @@ import threading
 
 import pytest
 
-from peers import ACTIVE, LOST, Change, Heartbeat, PeerTable, Sender, View, join_address, parse_address, split_address
+from peers import (
+    ACTIVE,
+    LOST,
+    MET_MAX,
+    VIEW_MAX,
+    Change,
+    Heartbeat,
+    PeerTable,
+    Sender,
+    View,
+    join_address,
+    parse_address,
+    split_address,
+)
 
 ME, A, B, C = (f"{letter * 8}-{letter * 4}-8{letter * 3}" for letter in "fabc")
 AT_ME, AT_A, AT_B, AT_C = (f"10.0.0.{number}:80" for number in range(4))
@@ -303,6 +316,106 @@ def test_in_a_large_cluster_a_beat_that_rises_twice_is_enough():
     assert A not in states(table)
     changes = answer(table, id, "10.1.0.0:80", beat=3, view=View([(A, AT_A, 6)], []))[1]
     assert changes == [Change("joined", A, AT_A)]
+
+
+def crowded(size, fanout=8):
+    """Return a table with that many active peers, met at time 0."""
+    table = new_table(fanout=fanout)
+    for number in range(size):
+        answer(table, *peer(number))
+    return table
+
+
+def peer(number):
+    return f"{number:08x}-0000-8000", f"10.1.{number // 250}.{number % 250}:80"
+
+
+def test_a_message_shows_a_bounded_part_of_the_membership_and_everyone_in_turn():
+    table = crowded(1000)
+    views = [table.describe()[1].peers for _ in range(8)]
+    assert {len(view) for view in views} <= {VIEW_MAX, MET_MAX + 1000 % (VIEW_MAX - MET_MAX)}
+    assert {id for view in views for id, _, _ in view} == {peer(number)[0] for number in range(1000)}
+
+
+def test_whom_one_met_last_is_in_every_message():
+    table = crowded(1000)
+    answer(table, *peer(77), beat=5)
+    assert all((*peer(77), 5) in table.describe()[1].peers for _ in range(20))
+
+
+def test_up_to_its_bound_a_message_shows_all():
+    table = crowded(VIEW_MAX)
+    assert sorted(id for id, _, _ in table.describe()[1].peers) == [peer(number)[0] for number in range(VIEW_MAX)]
+
+
+def test_departures_in_a_message_are_bounded_the_newest_first():
+    table = crowded(300)
+    for number in range(300):
+        id, address = peer(number)
+        table.heard(says(id, address, 2, leaving=True), NOBODY, 0.0)
+    assert table.describe()[1].left == [peer(number)[0] for number in range(299, 299 - VIEW_MAX, -1)]
+    assert table.active() == []
+
+
+@pytest.mark.parametrize(("size", "allowed_s"), [(8, 5), (100, 5.4), (1000, 8.1)])
+def test_the_silence_allowed_grows_with_the_logarithm_of_the_peers(size, allowed_s):
+    table = crowded(size)
+    lost_at = next(now for now in range(1, 20) if table.sweep(float(now)).changes)
+    assert lost_at == int(allowed_s) + 1
+
+
+def test_the_silent_are_asked_before_they_are_given_up_but_others_as_well():
+    table = crowded(30)
+    for now in range(4):
+        for number in range(1, 30):
+            answer(table, *peer(number), beat=now + 2, now=float(now))
+        asked = table.sweep(float(now)).contact
+        assert len(asked) == 8
+    assert peer(0)[1] in asked
+    for number in range(30):
+        answer(table, *peer(number), beat=9, now=3.0)
+    contacts = [table.sweep(now).contact for now in (4.0, 5.0, 6.0)]  # now all are silent, as in a partition
+    assert {len(contact) for contact in contacts} == {8}
+    assert table.sweep(7.0).changes == []
+
+
+def test_probing_and_heartbeats_share_the_fanout_of_a_large_cluster():
+    table = crowded(60)
+    for now in range(1, 60):
+        for number in range(30):
+            answer(table, *peer(number), beat=now + 1, now=float(now))
+        assert len(table.sweep(float(now)).contact) == 8
+    assert list(states(table).values()).count(LOST) == 30
+
+
+def test_in_a_large_cluster_a_lost_peer_is_back_once_its_beat_has_risen_twice():
+    table = crowded(20)
+    for now in range(1, 8):
+        for number in range(1, 20):
+            answer(table, *peer(number), beat=now + 1, now=float(now))
+        table.sweep(float(now))
+    id, address = peer(0)
+    assert states(table)[id] == LOST
+    assert answer(table, *peer(1), beat=9, view=View([(id, address, 5)], [])) == ([], [])
+    assert answer(table, *peer(1), beat=10, view=View([(id, address, 6)], []))[1] == [Change("back", id, address)]
+    assert (id, address, 6) in table.describe()[1].peers
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_lists_of_a_table_agree_whatever_it_is_told(seed):
+    rng, table = random.Random(seed), new_table(fanout=3)
+    for step in range(400):
+        id, address = peer(rng.randrange(12))[0], peer(rng.randrange(12))[1]
+        rumours = [(*peer(rng.randrange(12)), rng.randrange(step + 1)) for _ in range(3)]
+        view = View(rumours, [peer(rng.randrange(12))[0]] if rng.random() < 0.01 else [])
+        answered_at = address if rng.random() < 0.5 else None
+        table.heard(says(id, address, rng.randrange(step + 1), rng.random() < 0.01), view, step / 4, answered_at)
+        table.sweep(step / 4)
+        active = sorted((peer.id, peer.address, peer.beat) for peer in table._peers.values() if peer.state == ACTIVE)
+        assert sorted(table._news) == sorted((peer.id, peer.address, peer.beat) for peer in table._roll) == active
+        assert all(table._roll[peer.place] is peer for peer in table._roll)
+        at = {(peer.address, peer.id) for peer in table._peers.values()}
+        assert {(address, id) for address, ids in table._ids_at.items() for id in ids} == at
 
 
 def test_a_new_replica_id_of_this_node_is_not_taken_for_a_peer(table):

@@ -657,3 +657,52 @@ def test_a_worker_survives_a_bug(pool, monkeypatch, caplog):
     monkeypatch.undo()
     replicator.contact([peer.address], [])
     wait_until(node.table.active)
+
+
+def test_a_link_that_is_new_where_vectors_agree_starts_with_a_hash():
+    node, peer = Half(), Half(A, AT_A)
+    for number in range(replication.VECTOR_SHORT + 1):
+        delta = Delta(f"{number:08x}-1111-8111", 0, 1, {"x": (1, 1)})
+        assert node.counter.merge(delta, 0)
+        assert peer.counter.merge(delta, 0)
+    node.gossip.contact([AT_A], 0.0)
+    talk(node, peer, node.gossip.take(0.0), 0.0)
+    node.gossip.contact([AT_B], 1.0)
+    assert node.gossip.request(node.gossip.take(1.0), 1.0).hash == vector_hash(node.counter.vector())
+
+
+def test_links_to_the_many_that_are_not_pushed_to_are_closed_when_idle():
+    node = Half(pushed_to=2)
+    addresses = [f"10.0.1.{number}:80" for number in range(6)]
+    for number, address in enumerate(addresses):
+        node.meet(address, f"{number:08x}-0000-8000")
+    assert len(node.gossip.unconfirmed()) == 6
+    node.gossip.swept([], [], 1.0 + replication.LINK_IDLE_S)
+    assert len(node.gossip.unconfirmed()) == 2
+
+
+def test_whom_to_push_to_changes_where_there_are_more():
+    """All join through one seed; it is not to get every increment at once for ever."""
+    node, told = Half(pushed_to=2), set()
+    for number in range(6):
+        node.meet(f"10.0.1.{number}:80", f"{number:08x}-0000-8000")
+    for now in range(1, 30):
+        node.gossip.swept([], [], float(now))
+        node.counter.increment("x")
+        node.gossip.touch(float(now))
+        links = [node.gossip.take(float(now)) for _ in range(2)]
+        assert node.gossip.take(float(now)) is None
+        for link in links:
+            told.add(link.address)
+            node.gossip.failed(link, OSError("down"), float(now))
+            link.failures, link.retry_at, link.due = 0, 0.0, replication.NEVER
+            node.gossip.released(link)
+    assert len(told) == 6
+
+
+def test_a_large_delta_is_encoded_like_a_small_one():
+    names = range(2 * replication.PIECE + 1)
+    large = Delta(A, 0, len(names), {f"x{number}": (number + 1, number) for number in names}, (), ((B, 1),))
+    message = Message(A_SENDS, NOBODY, {A: 5}, None, None, [Delta(A, 1, 3, {"x": (3, -7)}), large])
+    assert decode(encode(message)) == message
+    assert b" " not in encode(message)

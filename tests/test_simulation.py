@@ -157,3 +157,34 @@ def test_increments_under_way_are_batched():
     assert len(sent) < 300
     network.run(0.1)
     assert {node.counter.value("a") for node in network.alive()} == {2000}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_cluster_beyond_the_fanout_keeps_its_promises(seed):
+    """Of 60 nodes all find all through one seed, count what one counts, and drop none but the dead one."""
+    network = Network(seed, loss=0.05, repeat=0.05, delay_s=0.02, as_json=False)
+    addresses = [f"10.0.1.{number}:8080" for number in range(60)]
+    for address in addresses:
+        network.start(address, seeds=addresses[:1])
+    assert network.run_until(network.converged, 15)
+    before = network.messages
+    network.run(5)
+    assert network.messages - before <= (2 * 8 + 2) * 60 * 5
+    network.nodes[addresses[-1]].increment("a", 3)
+    assert network.run_until(lambda: all(node.counter.value("a") == 3 for node in network.alive()), 6)
+    network.crash(addresses[-1])
+    assert network.run_until(network.converged, 12)
+    assert network.false_removals == 0
+
+
+def test_messages_as_objects_lead_to_what_messages_as_json_lead_to():
+    """Or the simulation would show what real nodes do not do."""
+    ends = []
+    for as_json in (True, False):
+        network = Network(5, as_json=as_json)
+        for address in ADDRESSES:
+            network.start(address, seeds=ADDRESSES[:1]).increment("a", 1)
+        network.run(15)
+        vectors = [node.counter.vector() for node in network.alive()]
+        ends.append((network.messages, vectors, [sorted(node.table.active()) for node in network.alive()]))
+    assert ends[0] == ends[1]
