@@ -264,7 +264,7 @@ class Gossip:
         self._pushed = []  # the links that increments are pushed to at once
         self._agreed = False  # the vectors of this node and another were equal at the last comparison
         self._hashed = (None, None)  # a vector and its hash, the last one that was needed
-        self._touched = False  # those were told of an increment, and nothing was sent since
+        self.touched = False  # those were told of an increment, and nothing was sent since
         self._caught_up = False  # everything that some peer held was held here, at least once
         self._impatient = False  # nobody is to wait for acks any more
         self._closed = False
@@ -277,10 +277,10 @@ class Gossip:
 
     def touch(self, now):
         """Make the peers due that are pushed to: an increment was accepted."""
-        if self._touched:  # under load a push is on its way already: one attribute read
+        if self.touched:
             return
         with self._lock:
-            self._touched = True
+            self.touched = True
             for link in self._pushed:
                 self._schedule_push_locked(link, now)
 
@@ -380,7 +380,7 @@ class Gossip:
         link.in_flight, link.due, link.started = True, NEVER, now
         if not link.compare:
             link.pushed = now
-        self._touched = False
+        self.touched = False
         return link
 
     def request(self, link, now):
@@ -615,7 +615,8 @@ class Replicator:
 
     def wake(self):
         """Send on what was just counted."""
-        self._gossip.touch(self._clock())
+        if not self._gossip.touched:  # under load a push is on its way already: one attribute read
+            self._gossip.touch(self._clock())
 
     def contact(self, addresses, seeds):
         """Send heartbeats to addresses and look up seeds: what a sweep asks for."""
