@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from simulation import Network
 
 COLD_START_MAX_S, SETTLING_S, IDLE_S = 60, 15, 10
-INCREMENTS, INCREMENT_EVERY_S, INCREMENT_MAX_S = 20, 0.5, 15
+INCREMENTS, INCREMENT_EVERY_S, INCREMENT_MAX_S = 20, 0.5, 15  # of 20 the slowest stands for p99
 CRASH_MAX_S, PARTITION_S, HEAL_MAX_S = 40, 60, 60
 LIFE_S = COLD_START_MAX_S / 6 + SETTLING_S + IDLE_S + 25 + PARTITION_S + 10  # roughly, for the progress bar
 WRITERS_MAX = 100  # nodes that count before anything is measured: so vectors are long, as in real life
