@@ -513,7 +513,8 @@ class _Parser(argparse.ArgumentParser):
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         # "default: None" tells nobody anything.
-        return super()._get_help_string(action) if action.default or action.default == 0 else action.help
+        says = isinstance(action.default, (str, int, float)) and action.default is not False
+        return super()._get_help_string(action) if says else action.help
 
 
 def parse_arguments(arguments):
