@@ -2,10 +2,11 @@
 
 import contextlib
 import http.client
+import re
 import threading
 
 import pytest
-from conftest import wait_until
+from conftest import PROJECT, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 import metrics
@@ -69,6 +70,14 @@ def test_every_metric_is_conventional(connect):
         for sample in family.samples:
             assert sample.name.endswith("_total") == (family.type == "counter")
     assert {"counter_build_info", "process_start_time_seconds"} <= {family.name for family in families}
+
+
+def test_the_readme_names_metrics_that_exist(connect):
+    """Nobody is to be alerted by an expression that never matches."""
+    named = set(re.findall(r"\bcounter_(?!server)[a-z_]+", (PROJECT / "README.md").read_text()))
+    exposed = ask(connect(), "GET", "/metrics")[1]
+    assert len(named) > 5
+    assert [name for name in named if f"# TYPE {name} " not in exposed] == []
 
 
 def test_what_is_counted_is_exposed(connect):
