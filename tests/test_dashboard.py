@@ -18,6 +18,17 @@ SWITCHES = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
+# Scripts that return what is wrong with the elements that a selector finds.
+CUT = """return [...document.querySelectorAll(arguments[0])]
+    .filter(element => element.clientWidth && element.scrollWidth > element.clientWidth + 1)
+    .map(element => element.outerHTML)"""
+OVERLAPPING = """
+    const boxes = [...document.querySelectorAll(arguments[0])].filter(element => element.checkVisibility())
+        .map(element => [element.outerHTML, element.getBoundingClientRect()]);
+    const overlap = (a, b) =>
+        a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+    return boxes.flatMap(([html, box], i) =>
+        boxes.slice(i + 1).filter(([_, other]) => overlap(box, other)).map(([other, _]) => [html, other]))"""
 PHONE, DESKTOP = (390, 844), (1280, 800)
 
 
@@ -57,8 +68,8 @@ class Page:
 
     def table(self, id):
         """Return the rows of a table's body, each a list of its cells' texts."""
-        script = "return [...document.querySelectorAll(`#${arguments[0]} tr`)].map(r => [...r.cells].map(c => c.innerText))"
-        return self.driver.execute_script(script, id)
+        cells = "row => [...row.cells].map(cell => cell.innerText)"
+        return self.driver.execute_script(f"return [...document.querySelectorAll('#{id} tr')].map({cells})")
 
     def counters(self):
         """Return {name: count as text} of the counters listed."""
@@ -83,13 +94,13 @@ class Page:
 
 
 @pytest.fixture
-def page(driver):
-    """A page at desktop width.  After every test the console must be empty."""
+def page(driver, start_node):
+    """A page at desktop width, left before its node ends.  After every test the console must be empty."""
     page = Page(driver)
     page.errors()
     page.resize(*DESKTOP)
     yield page
-    driver.get("about:blank")  # no polling of a node that ends
+    driver.get("about:blank")
     assert page.errors() == []
 
 
@@ -237,8 +248,8 @@ def test_nobody_is_asked_while_nobody_looks(page, start_node):
     page.driver.switch_to.new_window("tab")
     try:
         def asked():
-            lines = re.findall(r'requests_total\{route="/count",status="200"\} (\d+)', node.ask("GET", "/metrics").body.decode())
-            return int(lines[0])
+            text = node.ask("GET", "/metrics").body.decode()
+            return int(re.search(r'requests_total\{route="/count",status="200"\} (\d+)', text)[1])
 
         before, since = asked(), time.monotonic()
         wait_until(lambda: time.monotonic() > since + 2.5)
@@ -263,11 +274,5 @@ def test_nothing_is_cut_and_nothing_overlaps(page, start_node, size, scheme):
     assert sees("return matchMedia('(prefers-color-scheme: dark)').matches") == (scheme == "dark")
     assert sees("return document.documentElement.scrollWidth <= innerWidth")
     shown = ":is(h1, h2, p, span, th, td, dt, dd, button, input, a):not(.unseen, .unseen *, [hidden] *)"
-    cut = f"""return [...document.querySelectorAll({shown!r})].filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1)
-              .map(e => e.outerHTML)"""
-    assert sees(cut) == []
-    overlapping = """const boxes = [...document.querySelectorAll("#count, #name, #plus, #rate, #plot, #rows td, #rows th, dd, dt")]
-        .filter(e => e.checkVisibility()).map(e => [e.outerHTML, e.getBoundingClientRect()]);
-        return boxes.flatMap(([a, p], i) => boxes.slice(i + 1).filter(([b, q]) => p.left < q.right - 1 && q.left < p.right - 1
-            && p.top < q.bottom - 1 && q.top < p.bottom - 1).map(([b]) => [a, b]))"""
-    assert sees(overlapping) == []
+    assert sees(CUT, shown) == []
+    assert sees(OVERLAPPING, "#count, #name, #plus, #rate, #plot, #rows td, #rows th, dd, dt") == []

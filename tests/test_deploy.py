@@ -91,7 +91,8 @@ def test_kubernetes_accepts_its_resources(document):
 def test_kubernetes_finds_what_the_resources_name():
     """Services select the pods, seeds are the headless service, probes and secret are where the node has them."""
     pod = stateful_set()["spec"]["template"]
-    services = {document["metadata"]["name"]: document["spec"] for document in documents() if document["kind"] == "Service"}
+    named = {document["metadata"]["name"]: document for document in documents()}
+    services = {name: document["spec"] for name, document in named.items() if document["kind"] == "Service"}
     for spec in services.values():
         assert spec["selector"].items() <= pod["metadata"]["labels"].items()
     config_peers = next(argument for argument in container()["args"] if argument.startswith("--peers="))
