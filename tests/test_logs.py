@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+from conftest import wait_until
 
 from logs import JsonFormatter
 
@@ -41,3 +42,15 @@ def test_a_traceback_is_part_of_its_line():
         raise ZeroDivisionError
     fields = line("failed", exc_info=(raised.type, raised.value, raised.tb))
     assert "ZeroDivisionError" in fields["exception"]
+
+
+def test_a_node_logs_json_from_its_first_line_to_its_last(start_node):
+    """Every line is an object of its own, and a peer that joins or leaves is one."""
+    node = start_node("--log-format", "json")
+    peer = start_node(peers=[node])
+    wait_until(lambda: node.peers() == {peer.address})
+    assert peer.stop() == node.stop() == 0
+    lines = [json.loads(text) for text in node.stderr().splitlines()]
+    assert [line["message"].partition(":")[0] for line in lines] == ["listening", "peer joined", "peer left", "stopping"]
+    assert lines[1]["addr"] == lines[2]["addr"] == peer.address
+    assert lines[3]["signal"] == "SIGTERM"
