@@ -16,6 +16,7 @@ Sources: Almeida, Shoker, Baquero, "Delta State Replicated Data Types" (2018), f
 the causal condition on merging them; RFC 9562 section 5.8 for UUIDv8.
 """
 
+import bisect
 import hashlib
 import heapq
 import re
@@ -100,7 +101,8 @@ class Counter:
         # replica -> {name: (sequence, total)}: the running total of the replica's increments to
         # a counter, as of the latest that touched it.  Invariant: ordered by sequence.
         self._entries = {}
-        self._values = {}  # name -> the sum of its totals over all replicas
+        self._values = {}  # name -> the sum of its totals over all replicas; none is ever dropped
+        self._names = []  # the names that were the first in _values, sorted; replaced as a whole
         self._vector = {}  # the copy of _applied last handed out; None once out of date
         self._waiting = {}  # replica -> [(sequence, threading.Event)]: who waits for a dot
         self._impatient = False  # nobody is to wait any more
@@ -188,6 +190,30 @@ class Counter:
     def value(self, name):
         """Return the value of a counter; one never incremented is 0."""
         return self._values.get(name, 0)  # one dictionary look-up is atomic
+
+    def list(self, prefix, start, limit):
+        """Return the counters whose names begin with `prefix`, from the name `start` on, at most `limit`.
+
+        They come as ({name: value}, next), by name; `next` is where the next page starts, or None.
+        """
+        names = self._sorted_names()
+        first = bisect.bisect_left(names, max(prefix, start))
+        page = [name for name in names[first : first + limit + 1] if name.startswith(prefix)]
+        with self._lock:
+            values = {name: self._values[name] for name in page[:limit]}
+        return values, page[limit] if len(page) > limit else None
+
+    def _sorted_names(self):
+        with self._lock:
+            names = self._names
+            new = list(self._values)[len(names) :] if len(names) < len(self._values) else []
+        if new:  # sorted without the lock; what is sorted already costs one comparison each
+            names = self._names = sorted(names + new)
+        return names
+
+    def sizes(self):
+        """Return how many counters and how many idempotency keys this node knows."""
+        return len(self._values), len(self._dot_of)
 
     def holds(self, replica, sequence):
         """Return whether this dot has been applied here."""

@@ -25,7 +25,10 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
+import dashboard
 import http1
+import logs
+import metrics
 import replication
 from counter import (
     AMOUNT_MAX,
@@ -47,12 +50,14 @@ __version__ = "1.0.0"
 
 log = logging.getLogger("counter.server")
 
+COUNTS_MAX = 1000  # counters in one answer
 WAIT_DEFAULT_S, WAIT_MAX_S = 5.0, 60.0  # of ?timeout=
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 STOP_S = 2.0  # for each kind of threads to end when the node stops
 
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,18})\Z", re.ASCII)
 _SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9})?\Z", re.ASCII)
+_PREFIX = re.compile(r"[A-Za-z0-9._:-]{0,128}\Z")
 _KEY = re.compile(r"[\x21-\x7e]{1,255}\Z")
 _UUID7 = re.compile(r"([0-9a-f]{8})-([0-9a-f]{4})-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z", re.IGNORECASE)
 
@@ -81,6 +86,7 @@ class Config:
     secret: bytes  # b"" without --secret-file
     cluster: str
     log_level: str
+    log_format: str
 
 
 class Node:
@@ -91,7 +97,7 @@ class Node:
 
     def __init__(self, config):
         self.config = config
-        self.started = time.monotonic()
+        self.started, self.started_at = time.monotonic(), time.time()
         self.counter = Counter(
             new_replica(), config.max_counters, config.max_idempotency_keys, config.idempotency_window
         )  # fmt: skip
@@ -152,9 +158,12 @@ class Api:
         self._routes = {  # path -> {method: route}; a GET serves HEAD as well
             "/increment": {"POST": self._increment},
             "/count": {"GET": self._count},
+            "/counts": {"GET": self._counts},
             "/peers": {"GET": self._peers},
             "/healthz": {"GET": self._healthz},
             "/readyz": {"GET": self._readyz},
+            "/metrics": {"GET": self._metrics},
+            "/": {"GET": self._dashboard},
             replication.PATH: {"POST": self._gossip},
         }
         self._named_routes = {  # path up to its last part, which the route is called with
@@ -162,6 +171,11 @@ class Api:
             "/count/": {"GET": self._count},
             "/increments/": {"GET": self._increment_status},
         }
+
+    def route_of(self, path):
+        """Return the path by which requests are counted, one of few."""
+        parent = path.rpartition("/")[0]
+        return path if path in self._routes else parent if f"{parent}/" in self._named_routes else metrics.OTHER
 
     def action(self, head):
         """Return what answers a request with this head."""
@@ -292,6 +306,21 @@ class Api:
 
         return count
 
+    def _counts(self, head):
+        query = http1.parse_query(head.query, ("prefix", "start", "limit"))
+        prefix, limit = query.get("prefix", ""), query.get("limit", "100")
+        start = _name(query["start"]) if "start" in query else ""
+        if not _PREFIX.match(prefix):
+            raise Refused(400, "a prefix is up to 128 of A-Z a-z 0-9 . _ : -")
+        if not re.fullmatch("[1-9][0-9]{0,3}", limit) or int(limit) > COUNTS_MAX:
+            raise Refused(400, f"limit must be an integer from 1 to {COUNTS_MAX}")
+
+        def counts(_body, _connection):
+            values, next = self._node.counter.list(prefix, start, int(limit))
+            return _json({"counts": values, "next": next})
+
+        return counts
+
     def _increment_status(self, head, id):
         http1.parse_query(head.query, ())
         dot = _dot(http1.decode_component(id))
@@ -332,6 +361,21 @@ class Api:
             raise Refused(503, "this node has not yet caught up with any of its peers", [("Retry-After", "1")])
         return _json({"status": "ready", "alone": alone})
 
+    def _metrics(self, head):
+        http1.parse_query(head.query, ())
+
+        def scrape(_body, _connection):
+            text = metrics.render(self._node, __version__, time.monotonic())
+            return http1.response(200, text.encode(), metrics.CONTENT_TYPE)
+
+        return scrape
+
+    def _dashboard(self, head):
+        http1.parse_query(head.query, ())
+        return lambda _body, _connection: http1.response(
+            200, dashboard.PAGE, "text/html; charset=utf-8", dashboard.HEADERS
+        )  # fmt: skip
+
     def _gossip(self, head):
         http1.parse_query(head.query, ())
         return partial(self._receive, head.headers.get(replication.SIGNATURE.lower(), ""))
@@ -351,6 +395,7 @@ class Api:
         answer = node.gossip.receive(message, time.monotonic())
         node.server.recognise_peer(connection)
         answer = replication.encode(answer)
+        node.replicator.traffic.add(bytes_received=len(body), bytes_sent=len(answer))
         return http1.response(200, answer, headers=[(replication.SIGNATURE, signer.answer(signature, answer))])
 
 
@@ -465,12 +510,19 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        # "default: None" tells nobody anything.
+        says = isinstance(action.default, (str, int, float)) and action.default is not False
+        return super()._get_help_string(action) if says else action.help
+
+
 def parse_arguments(arguments):
     """Return the Config of a command line; SystemExit with status 2 and one line if it is wrong."""
     parser = _Parser(
         prog="counter_server.py",
         description="A node of a distributed in-memory counter. Times are in seconds, fractions allowed.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     listen = parser.add_argument_group("listening").add_argument
@@ -503,7 +555,9 @@ def parse_arguments(arguments):
     retry("--retry-backoff-max", type=_seconds(0.001), default=10.0, metavar="S", help="longest backoff")
     retry("--retry-workers", type=_integer(2, 256), default=4, metavar="N", help="threads that send to peers")
     retry("--drain-timeout", type=_seconds(0), default=5.0, metavar="S", help="to hand over to the peers when stopping")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="to stderr")
+    logging_ = parser.add_argument_group("logging, to stderr").add_argument
+    logging_("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="the least to log")
+    logging_("--log-format", choices=("text", "json"), default="text", help="lines of text, or of JSON objects")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     options = parser.parse_args(arguments)
     if options.peer_timeout <= options.heartbeat_interval:
@@ -571,9 +625,7 @@ def _addresses(text):
 def main(arguments=None):
     """Run a node until SIGINT or SIGTERM; return the exit status."""
     config = parse_arguments(arguments)
-    logging.raiseExceptions = False  # a full disk behind stderr is no reason for tracebacks
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of every quick try
+    logs.set_up(config.log_level, config.log_format)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler prints a traceback
     # Blocked here and so in every thread to come, a signal waits for sigwait(), whatever runs.
     # With handlers instead the kernel may pick any thread, and the main thread may sleep on.

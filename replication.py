@@ -215,6 +215,25 @@ def _cause(error):
     return getattr(error, "reason", error)
 
 
+class Traffic:
+    """How much was said to peers and heard from them since the start.  Threads may call anything."""
+
+    def __init__(self):
+        self._lock = threading.Lock()  # guards the numbers
+        self._numbers = dict.fromkeys(
+            ("messages", "messages_failed", "retries", "deltas", "deltas_failed", "bytes_sent", "bytes_received"), 0
+        )
+
+    def add(self, **numbers):
+        with self._lock:
+            for name, number in numbers.items():
+                self._numbers[name] += number
+
+    def numbers(self):
+        with self._lock:
+            return dict(self._numbers)
+
+
 class _Link:
     """What is known of sending to one address.  Its `session` belongs to the worker that has it in flight."""
 
@@ -226,6 +245,7 @@ class _Link:
         self.started = -NEVER  # when it was last sent to
         self.pushed = -NEVER  # when increments were last pushed to it, and nothing else
         self.failures = 0  # in a row
+        self.retrying = False  # sending failed, which was logged, and it did not work since
         self.retry_at = -NEVER  # before that only heartbeats are sent: it backs off
         self.peer = None  # the replica id that answered last
         self.confirmed = None  # the vector it last confirmed, never changed in place; None: unknown
@@ -426,14 +446,16 @@ class Gossip:
                 self._agreed = link.agreed = link.confirmed == request.applied
                 self._caught_up = self._caught_up or (link.peer != replica and not lacks(mine, link.confirmed))
             news = merged or link.confirmed != before or request.hash is not None
-            recovered = link.failures > 0 and (news or not request.deltas)
+            progress = link.failures > 0 and (news or not request.deltas)
+            recovered = progress and link.retrying
+            link.retrying = link.retrying and not recovered
             if news or not request.deltas:
                 link.failures, link.retry_at = 0, -NEVER
             else:  # it answers, but takes nothing
                 self._back_off_locked(link, now)
             self._release_locked(link)
             if link.peer != replica:
-                self._follow_up_locked(link, request, mine, replica, news or recovered, now)
+                self._follow_up_locked(link, request, mine, replica, news or progress, now)
             self._confirming.notify_all()
         if recovered:
             log.info("recovered: addr=%s", link.address)
@@ -469,18 +491,14 @@ class Gossip:
     def failed(self, link, error, now):
         """Take note that a send came to nothing; the link is free again."""
         with self._lock:
-            failures = self._back_off_locked(link, now)
+            self._back_off_locked(link, now)
+            first, link.retrying = not link.retrying, True
             link.compare, link.due = True, NEVER
             self._release_locked(link)
             if link in self._pushed:  # others are tried again by the sweeps alone
                 self._schedule_locked(link, link.retry_at)
         # A peer that stays down is one line, not one per try.
-        log.log(
-            logging.WARNING if failures == 1 else logging.DEBUG,
-            "retrying: addr=%s error=%s",
-            link.address,
-            _cause(error),
-        )
+        log.log(logging.WARNING if first else logging.DEBUG, "retrying: addr=%s error=%s", link.address, _cause(error))
 
     def _back_off_locked(self, link, now):
         link.failures += 1
@@ -488,10 +506,13 @@ class Gossip:
         return link.failures
 
     def released(self, link):
-        """Take note that there was nothing to send; the link is free again."""
+        """Take note that there was nothing to send, or that a seed was looked up; the link is free again."""
         with self._lock:
             link.failures = 0
+            recovered, link.retrying = link.retrying, False
             self._release_locked(link)
+        if recovered:
+            log.info("recovered: addr=%s", link.address)
 
     def _release_locked(self, link):
         link.in_flight = False
@@ -602,6 +623,7 @@ class Replicator:
 
     def __init__(self, gossip, table, signer, port, workers, peer_timeout_s, clock=time.monotonic):
         self._gossip, self._table, self._signer, self._port, self._clock = gossip, table, signer, port, clock
+        self.traffic = Traffic()
         # A peer that is stopped still accepts connections.  It is to hold a worker for less
         # than the time in which it is given up.
         self._read_timeout_s = max(1.0, peer_timeout_s / 2)
@@ -655,17 +677,23 @@ class Replicator:
         self._gossip.contact(self._table.resolved(link.address, addresses), self._clock())
 
     def _exchange(self, link):
+        deltas = 0
         try:
             request = self._gossip.request(link, self._clock())
             if request is None:
                 self._gossip.released(link)
                 return
-            answer = decode(self._post(link, encode(request)))
+            body, deltas = encode(request), len(request.deltas)
+            self.traffic.add(messages=1, retries=int(link.failures > 0), deltas=deltas, bytes_sent=len(body))
+            answer = self._post(link, body)
+            self.traffic.add(bytes_received=len(answer))
+            answer = decode(answer)
             self._gossip.answered(link, request, answer, self._clock())
             if self._table.address is None and answer.sender.id != request.sender.id:
                 self._table.advertise(join_address(_local_host_towards(link.address), self._port))
                 self._gossip.contact([link.address], self._clock())
         except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:
+            self.traffic.add(messages_failed=1, deltas_failed=deltas)
             self._gossip.failed(link, error, self._clock())
 
     def _post(self, link, body):

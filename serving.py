@@ -12,6 +12,7 @@ import contextlib
 import ipaddress
 import itertools
 import logging
+import random
 import socket
 import socketserver
 import struct
@@ -20,6 +21,7 @@ import time
 from http.server import ThreadingHTTPServer
 
 import http1
+import metrics
 from http1 import Refused
 from replication import BODY_MAX as MESSAGE_MAX
 from replication import PATH as PEER_PATH
@@ -50,6 +52,12 @@ class Connection(socketserver.BaseRequestHandler):
     def setup(self):
         self._received = b""  # read, but not yet part of a request
         self._receive_timeout_s = None  # as it is set on the socket
+        self._route = metrics.OTHER  # of the latest request
+        self._tally = self.server.requests.open()
+        self._untimed = random.randrange(metrics.TIMED_ONE_IN)  # repeated requests until one is timed
+
+    def finish(self):
+        self.server.requests.close(self._tally)
 
     def local_host(self):
         """Return the address of this machine that the connection came to."""
@@ -65,37 +73,50 @@ class Connection(socketserver.BaseRequestHandler):
             pass
         except Exception:  # a bug; it costs this connection only
             log.exception("serving a request failed")
+            response = Refused(500, "this node failed to serve the request; see its log").response()
+            self._tally.of(self._route).count(response, 0.0)
             with contextlib.suppress(OSError):
-                self._close_with(Refused(500, "this node failed to serve the request; see its log").response())
+                self._close_with(response)
 
     def _serve(self):
         idle_s = RESERVE_TIMEOUT_S if self.kind == RESERVED else IDLE_TIMEOUT_S
         while self._received or self._receive(idle_s):
             received = self._received
             response, keep_alive, action = self._answer_next()
+            tally = self._tally.of(self._route)
+            number = tally.count(response, time.perf_counter() - self._began)
             if not keep_alive or self._is_to_end():
                 self._close_with(response)
                 return
             self.request.sendall(response)
             if action:
-                self._serve_repeated(received, action)
+                self._serve_repeated(received, action, tally, number)
 
-    def _serve_repeated(self, request, action):
+    def _serve_repeated(self, request, action, tally, number):
         """Answer a request without a body for as long as the client sends just these bytes again.
 
-        Most clients do: their head is always the same.  This is the hot path.
+        Most clients do: their head is always the same.  This is the hot path, so requests are
+        counted where the first one was, `number` in `tally`, and only some of them are timed.
         """
+        untimed = self._untimed
         self._set_receive_timeout(IDLE_TIMEOUT_S)
         receive, send = self.request.recv, self.request.sendall
         while True:
             received = receive(RECEIVE_SIZE)
             if received != request or self._is_to_end():
-                self._received = received
+                self._received, self._untimed = received, untimed
                 return
+            began = None if untimed else time.perf_counter()
             try:
                 response = action(b"", self)
+                number[0] += 1
             except Refused as refused:
                 response = refused.response()
+                tally.number(response)[0] += 1
+            untimed -= 1
+            if began:
+                tally.observe(time.perf_counter() - began, metrics.TIMED_ONE_IN)
+                untimed = metrics.TIMED_ONE_IN - 1
             send(response)
 
     def _is_to_end(self):
@@ -104,20 +125,24 @@ class Connection(socketserver.BaseRequestHandler):
     def _answer_next(self):
         """Read a request; return (response, keep alive, action).
 
-        The action is None where calling it again would not answer the same bytes.
+        The action is None where calling it again is not all it takes to answer the same bytes, or
+        could answer with another status.
         """
         received, head, action = self._received, None, None
+        self._route, self._began = metrics.OTHER, time.perf_counter()
         try:
             head, raw = self._read_head()
-            repeats = received == raw + b"\r\n\r\n" and not head.length
+            self._route = self.server.api.route_of(head.path)
+            repeats = received == raw + b"\r\n\r\n" and not head.length and "acks" not in head.query
             if self.kind == RESERVED and head.path != PEER_PATH:
                 reason = "this node is stopping" if self.server.stopping else "all connections are taken"
                 raise Refused(503, f"{reason}; try again later", [("Retry-After", "1")], close=True)
             body = self._read_body(head)
+            self._began = time.perf_counter()  # what came before was the client's time
             action = self.server.api.action(head)
             response, close = action(body, self), False
         except Refused as refused:
-            response, close = refused.response(), refused.close
+            response, close, action = refused.response(), refused.close, None
         if head is None:
             return response, False, None
         if head.method == "HEAD":
@@ -209,6 +234,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, config, api):
         self.api = api
         self.stopping = False
+        self.requests = metrics.Requests()
         self._clients_max = config.max_connections
         # Guards the two below.  Held for dictionary work only, never together with another.
         # Who waits on it waits for the end of a connection.
@@ -306,6 +332,11 @@ class Server(ThreadingHTTPServer):
             _, kind = self._open.pop(thread)
             self._numbers[kind] -= 1
             self._changed.notify_all()
+
+    def connections(self):
+        """Return {kind: number of open connections}."""
+        with self._changed:
+            return dict(self._numbers)
 
     def recognise_peer(self, connection):
         """Take note that the connection of the current thread is a peer's, not a client's."""

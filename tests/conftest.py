@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,3 +136,12 @@ def start_cluster(start_node):
         return nodes
 
     return start
+
+
+def require_tools(*names):
+    """Skip the test where one of these programs is missing; where CI is set, which installs them, fail."""
+    missing = [name for name in names if not shutil.which(name)]
+    if missing and os.environ.get("CI"):
+        pytest.fail(f"not installed: {', '.join(missing)}")
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")

@@ -403,3 +403,52 @@ def test_threads_that_merge_and_increment_at_once_agree(tiny_switch_interval):
     assert not errors
     assert all(counter.vector() == {A: 600, B: 600, C: 600} for counter in counters)
     assert all([counter.value(name) for name in "xyz"] == [900, 900, 900] for counter in counters)
+
+
+# Listing.
+
+
+def test_pages_cover_all_counters_once():
+    """Whatever their size, in the order of names, while new counters keep appearing behind."""
+    counter, rng = Counter(A), random.Random(5)
+    names = {f"{rng.choice(('x', 'y', 'z'))}{rng.randrange(10**6)}" for _ in range(500)}
+    for name in names:
+        counter.increment(name)
+    for size in (1, 7, 499, 500, 501):
+        listed, start = [], ""
+        while start is not None:
+            values, start = counter.list("", start, size)
+            assert 1 <= len(values) <= size
+            listed += values
+        assert listed == sorted(names)
+    counter.increment("y")
+    assert counter.list("y", "", 1) == ({"y": 1}, min(name for name in names if name > "y"))
+    assert counter.list("y", "z", 10) == ({}, None)
+    assert counter.list("", "zz", 10) == ({}, None)
+    assert counter.sizes() == (501, 0)
+
+
+def test_names_are_listed_while_counters_appear(tiny_switch_interval):
+    """Threads that list while others count new names miss none that was there before."""
+    counter, errors = Counter(A), []
+
+    def count():
+        for number in range(2000):
+            counter.increment(f"{number % 7}-{number}")
+
+    def check():
+        known = 0
+        while known < 2000:
+            sizes = counter.sizes()[0]
+            values, following = counter.list("", "", 5000)
+            if following or len(values) < max(known, sizes) or list(values) != sorted(values):
+                errors.append(len(values))
+                return
+            known = len(values)
+
+    threads = [threading.Thread(target=work) for work in (count, check, check)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors

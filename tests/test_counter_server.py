@@ -577,6 +577,47 @@ def test_who_waits_for_acks_is_let_go_when_the_node_stops(start_local, connect):
     assert (reply.status, reply.json()["acks"]) == (202, 1)
 
 
+# Listing.
+
+
+def test_counters_are_listed_by_name(client, start_local, connect):
+    """With their values, whoever counted them, also those that are back at 0."""
+    node = start_local()
+    own, peer = connect(node), connect(node)
+    for path in ("/increment/b?amount=-5", "/increment/a", "/increment/a?amount=-1", "/increment/c"):
+        own.ask("POST", path)
+    peer.send(gossip_request(node, Delta(new_replica(), 0, 2, {"aa": (1, 7), "c": (2, 1)})))
+    assert peer.read().status == 200
+    reply = own.ask("GET", "/counts")
+    assert reply.json() == {"counts": {"a": 0, "aa": 7, "b": -5, "c": 2}, "next": None}
+    assert list(reply.json()["counts"]) == ["a", "aa", "b", "c"]
+    assert own.ask("GET", "/counts?start=aa&limit=2").json() == {"counts": {"aa": 7, "b": -5}, "next": "c"}
+    assert own.ask("GET", "/counts?prefix=a&limit=1&start=a").json() == {"counts": {"a": 0}, "next": "aa"}
+    assert own.ask("GET", "/counts?prefix=%61a").json() == {"counts": {"aa": 7}, "next": None}
+    assert own.ask("GET", "/counts?prefix=z").json() == {"counts": {}, "next": None}
+
+
+@pytest.mark.parametrize(("query", "size"), [("", 100), ("?limit=1000", 1000), ("?limit=1", 1)])
+def test_a_page_has_as_many_counters_as_were_asked_for(start_local, connect, query, size):
+    """100 by default, and at most 1,000."""
+    node = start_local()
+    for number in range(1001):
+        node.counter.increment(f"n{number:04}")
+    page = connect(node).ask("GET", f"/counts{query}").json()
+    assert list(page["counts"]) == [f"n{number:04}" for number in range(size)]
+    assert page["next"] == f"n{size:04}"
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["limit=0", "limit=1001", "limit=-1", "limit=1.0", "limit=01", "limit=", "limit=10&limit=10", "prefix=a/b",
+     "prefix=%C3%A4", f"prefix={'a' * 129}", "prefix=a%0A", "start=", "start=..", "start=a%20b", "after=a"],
+)  # fmt: skip
+def test_a_bad_query_of_a_listing_is_refused(client, query):
+    """What is malformed, unknown or there twice is 400."""
+    problem(client.ask("GET", f"/counts?{query}"), 400)
+
+
 # Other paths and methods.
 
 
@@ -1175,6 +1216,7 @@ def test_defaults():
         (["--retry-backoff", "10"], "retry_backoff", 10),
         (["--max-connections", "1"], "max_connections", 1),
         (["--log-level", "debug"], "log_level", "debug"),
+        (["--log-format", "json"], "log_format", "json"),
     ],
 )
 def test_an_argument_is_taken(arguments, field, value):
@@ -1244,9 +1286,11 @@ def test_help_tells_every_flag_and_its_default(capsys):
     help = " ".join(capsys.readouterr().out.split())
     for flag in ("--port", "--host", "--advertise", "--peers", "--heartbeat-interval", "--peer-timeout",
                  "--join-timeout", "--fanout", "--retry-backoff", "--retry-backoff-max", "--retry-workers",
-                 "--drain-timeout", "--max-connections", "--log-level", "--version"):  # fmt: skip
+                 "--drain-timeout", "--max-connections", "--log-level", "--log-format", "--version"):  # fmt: skip
         assert f" {flag} " in help
     assert "(default: 8080)" in help
+    for nothing in ("None", "[]", "b''", "False"):
+        assert f"(default: {nothing})" not in help
 
 
 def run(*arguments):

@@ -275,6 +275,35 @@ def test_a_peer_that_stays_down_is_one_line(caplog):
     assert lines == [f"retrying: addr={AT_A} error=down", f"recovered: addr={AT_A}"]
 
 
+def test_only_what_failed_recovers(caplog):
+    """An answer that takes nothing makes the node back off, but is no trouble that an operator should read of."""
+    caplog.set_level(logging.INFO)
+    node = Half()
+    link = node.meet()
+    node.counter.increment("x")
+    node.gossip.touch(1.0)
+    node.gossip.take(1.0)
+    node.gossip.answered(link, node.gossip.request(link, 1.0), answer({}, confirms={}), 1.0)
+    assert link.failures == 1
+    node.meet(now=10.0)
+    assert link.failures == 0
+    assert not [record for record in caplog.records if record.name == "counter.replication"]
+
+
+def test_a_seed_that_cannot_be_looked_up_is_a_line_and_so_is_its_return(caplog):
+    caplog.set_level(logging.INFO)
+    node = Half()
+    for now, fails in enumerate((True, True, False, False)):
+        node.gossip.swept([], ["seed:80"], float(now))
+        link = node.gossip.take(float(now))
+        if fails:
+            node.gossip.failed(link, OSError("no such name"), float(now))
+        else:
+            node.gossip.released(link)
+    lines = [record.getMessage() for record in caplog.records if record.name == "counter.replication"]
+    assert lines == ["retrying: addr=seed:80 error=no such name", "recovered: addr=seed:80"]
+
+
 def test_a_heartbeat_does_not_wait_for_the_backoff():
     node = Half()
     link = node.meet()

@@ -1,0 +1,183 @@
+"""What a node tells Prometheus: counts of requests, and all its numbers in the text format.
+
+A repeated request takes a few microseconds, so counting it must not take a lock: every connection
+has a ConnectionTally that its own thread alone writes.  Requests adds them up for whoever scrapes,
+and keeps what connections counted that have ended.
+
+render() reads a Node through the methods others use as well; nothing here changes anything.
+
+Sources: Prometheus, "Exposition formats" (text format 0.0.4) and "Metric and label naming".
+"""
+
+import platform
+import threading
+import time
+from bisect import bisect_left
+from collections import defaultdict
+from itertools import accumulate
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+NAMED_MAX = 1000  # counters exposed one by one: every name is a series, in every node
+OTHER = "other"  # the route of requests to no known path, or whose head was no good
+TIMED_ONE_IN = 64  # repeated requests: two readings of the clock would be a tenth of the cost of one
+DURATION_HELP = (
+    "From having read a request to having its response. Of requests that repeat the one before on their connection"
+    f" one in {TIMED_ONE_IN} is timed, and stands for {TIMED_ONE_IN}."
+)
+BUCKETS_S = (0.00001, 0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)  # up to ?timeout=, which is 60 s at most
+
+
+class Tally:
+    """The requests to one route, by status, and how long they took."""
+
+    def __init__(self):
+        self.statuses = {}  # status, as bytes -> [number]: who has the list counts without looking it up
+        self.buckets = [0] * (len(BUCKETS_S) + 1)  # not yet cumulative; the last is for what is slower
+        self.seconds = 0.0
+
+    def number(self, response):
+        """Return the list with the number of responses of the same status as this one."""
+        return self._number(response[9:12])  # of "HTTP/1.1 200 OK"
+
+    def _number(self, status):
+        return self.statuses.setdefault(status, [0])
+
+    def count(self, response, seconds):
+        """Count one request and its duration; return the list in which it was counted."""
+        number = self.number(response)
+        number[0] += 1
+        self.observe(seconds, 1)
+        return number
+
+    def observe(self, seconds, times):
+        """Take note of a duration that stands for as many requests."""
+        self.buckets[bisect_left(BUCKETS_S, seconds)] += times
+        self.seconds += seconds * times
+
+    def add(self, other):
+        """Add what another tally counts, whose thread may go on counting: copying a dictionary is atomic."""
+        for status, (number,) in dict(other.statuses).items():
+            self._number(status)[0] += number
+        self.buckets = [mine + its for mine, its in zip(self.buckets, other.buckets, strict=True)]
+        self.seconds += other.seconds
+
+
+class ConnectionTally:
+    """What one connection counts; only its own thread calls `of` and writes to the tallies."""
+
+    def __init__(self):
+        self._routes = {}  # route -> Tally
+
+    def of(self, route):
+        tally = self._routes.get(route)
+        if tally is None:
+            tally = self._routes[route] = Tally()
+        return tally
+
+    def add_to(self, totals):
+        for route, tally in dict(self._routes).items():
+            totals[route].add(tally)
+
+
+class Requests:
+    """All requests of a node, by route."""
+
+    def __init__(self):
+        # Guards the two below.  Held for dictionary work only, never together with another.
+        self._lock = threading.Lock()
+        self._open = set()  # the ConnectionTally of every open connection
+        self._ended = defaultdict(Tally)  # route -> what connections counted that have ended
+
+    def open(self):
+        """Return the tally of a new connection."""
+        tally = ConnectionTally()
+        with self._lock:
+            self._open.add(tally)
+        return tally
+
+    def close(self, tally):
+        """Keep what a connection counted that ends."""
+        with self._lock:
+            self._open.remove(tally)
+            tally.add_to(self._ended)
+
+    def totals(self):
+        """Return {route: Tally} since the start, sorted by route; it belongs to the caller."""
+        totals = defaultdict(Tally)
+        with self._lock:
+            for route, tally in self._ended.items():
+                totals[route].add(tally)
+            for tally in self._open:
+                tally.add_to(totals)
+        return dict(sorted(totals.items()))
+
+
+def render(node, version, now):
+    """Return the metrics of a node as text; `now` is of the clock its peer table uses."""
+    counter, said = node.counter, node.replicator.traffic.numbers()
+    values, _ = counter.list("", "", NAMED_MAX)
+    counters, keys = counter.sizes()
+    vector = counter.vector()
+    peers = node.table.snapshot(now)
+    unconfirmed = node.gossip.unconfirmed()
+    states = [state for _, _, state, _ in peers]
+    requests = node.server.requests.totals()
+    families = [
+        ("counter_increments_total", "counter", "Increments this node accepted.",
+         [("", {}, vector.get(counter.replica, 0))]),
+        ("counter_value", "gauge", f"Value of a counter; of the first {NAMED_MAX} by name.",
+         [("", {"name": name}, value) for name, value in values.items()]),
+        ("counter_counters", "gauge", "Counters known.", [("", {}, counters)]),
+        ("counter_idempotency_keys", "gauge", "Idempotency keys remembered.", [("", {}, keys)]),
+        ("counter_replicas", "gauge", "Replicas known: every process that ever counted, and cancellations.",
+         [("", {}, len(vector))]),
+        ("counter_http_requests_total", "counter", "Requests answered, by route and status.",
+         [("", {"route": route, "status": status.decode()}, number)
+          for route, tally in requests.items() for status, (number,) in sorted(tally.statuses.items())]),
+        ("counter_http_request_duration_seconds", "histogram", DURATION_HELP,
+         [sample for route, tally in requests.items() for sample in _histogram(route, tally)]),
+        ("counter_connections", "gauge", "Open connections: of clients, of peers, and not yet known whose.",
+         [("", {"kind": kind}, number) for kind, number in node.server.connections().items()]),
+        ("counter_peers", "gauge", "Peers, by state.",
+         [("", {"state": state}, states.count(state)) for state in ("active", "lost")]),
+        ("counter_peer_unconfirmed_increments", "gauge", "Increments held here that a peer has yet to confirm.",
+         [("", {"address": address}, number)  # a dictionary: a series that is there twice voids a scrape
+          for address, number in {address: unconfirmed.get(address, 0) for _, address, _, _ in peers}.items()]),
+        ("counter_gossip_messages_sent_total", "counter", "Messages sent to peers, heartbeats included.",
+         [("", {}, said["messages"])]),
+        ("counter_gossip_messages_failed_total", "counter", "Messages to peers that got no good answer.",
+         [("", {}, said["messages_failed"])]),
+        ("counter_gossip_retries_total", "counter", "Messages to peers where the one before had failed.",
+         [("", {}, said["retries"])]),
+        ("counter_deltas_sent_total", "counter", "Deltas in messages sent to peers.", [("", {}, said["deltas"])]),
+        ("counter_deltas_failed_total", "counter", "Deltas in messages to peers that got no good answer.",
+         [("", {}, said["deltas_failed"])]),
+        ("counter_gossip_sent_bytes_total", "counter", "Bytes sent to peers, without HTTP heads.",
+         [("", {}, said["bytes_sent"])]),
+        ("counter_gossip_received_bytes_total", "counter", "Bytes received from peers, without HTTP heads.",
+         [("", {}, said["bytes_received"])]),
+        ("counter_build_info", "gauge", "Always 1.",
+         [("", {"version": version, "python": platform.python_version()}, 1)]),
+        ("process_start_time_seconds", "gauge", "Start of this node, in seconds since 1970.",
+         [("", {}, round(node.started_at, 3))]),
+        ("process_cpu_seconds_total", "counter", "User and system CPU time spent.", [("", {}, time.process_time())]),
+    ]  # fmt: skip
+    return "".join(line for family in families for line in _lines(*family))
+
+
+def _histogram(route, tally):
+    *bounded, count = accumulate(tally.buckets)
+    for bound, number in zip(BUCKETS_S, bounded, strict=True):
+        yield "_bucket", {"route": route, "le": f"{bound:g}"}, number
+    yield "_bucket", {"route": route, "le": "+Inf"}, count
+    yield "_sum", {"route": route}, tally.seconds
+    yield "_count", {"route": route}, count
+
+
+def _lines(name, kind, help, samples):
+    """Yield the lines of a metric family; `samples` are (suffix, labels, value)."""
+    yield f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
+    for suffix, labels, value in samples:
+        # No label's value needs escaping: names, addresses, routes and versions have no quotes.
+        pairs = ",".join(f'{label}="{text}"' for label, text in labels.items())
+        yield f"{name}{suffix}{{{pairs}}} {value}\n" if pairs else f"{name}{suffix} {value}\n"

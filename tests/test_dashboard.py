@@ -1,0 +1,278 @@
+"""The page at GET /, in a real browser: headless Chromium, driven as a person would use it."""
+
+import base64
+import contextlib
+import hashlib
+import http.client
+import re
+import time
+
+import pytest
+from conftest import require_tools, wait_until
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+SWITCHES = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+# Scripts that return what is wrong with the elements that a selector finds.
+CUT = """return [...document.querySelectorAll(arguments[0])]
+    .filter(element => element.clientWidth && element.scrollWidth > element.clientWidth + 1)
+    .map(element => element.outerHTML)"""
+OVERLAPPING = """
+    const boxes = [...document.querySelectorAll(arguments[0])].filter(element => element.checkVisibility())
+        .map(element => [element.outerHTML, element.getBoundingClientRect()]);
+    const overlap = (a, b) =>
+        a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+    return boxes.flatMap(([html, box], i) =>
+        boxes.slice(i + 1).filter(([_, other]) => overlap(box, other)).map(([other, _]) => [html, other]))"""
+PHONE, DESKTOP = (390, 844), (1280, 800)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    require_tools("chromium", "chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = "/usr/bin/chromium"
+    for switch in (*SWITCHES, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(switch)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """What a person sees of the dashboard, and does with it."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def open(self, node, hash=""):
+        self.driver.get("about:blank")  # another hash alone would not load it anew
+        self.driver.get(f"http://{node.address}/{hash}")
+        wait_until(lambda: self.text("live") == "live")
+
+    def element(self, id):
+        return self.driver.find_element(By.ID, id)
+
+    def text(self, id):
+        return self.element(id).text
+
+    def said(self):
+        """Return what a screen reader was told last."""
+        return self.element("say").get_attribute("textContent")
+
+    def table(self, id):
+        """Return the rows of a table's body, each a list of its cells' texts."""
+        cells = "row => [...row.cells].map(cell => cell.innerText)"
+        return self.driver.execute_script(f"return [...document.querySelectorAll('#{id} tr')].map({cells})")
+
+    def counters(self):
+        """Return {name: count as text} of the counters listed."""
+        return {name: count for name, count, _ in self.table("rows")}
+
+    def button(self, label):
+        return self.driver.find_element(By.CSS_SELECTOR, f'button[aria-label="{label}"]')
+
+    def search(self, text):
+        self.element("search").send_keys(Keys.CONTROL, "a")
+        self.element("search").send_keys(text or Keys.DELETE)
+
+    def resize(self, width, height, scheme="light"):
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def errors(self):
+        """Return what the console says, all of it, since this was asked last."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+
+@pytest.fixture
+def page(driver, start_node):
+    """A page at desktop width, left before its node ends.  After every test the console must be empty."""
+    page = Page(driver)
+    page.errors()
+    page.resize(*DESKTOP)
+    yield page
+    driver.get("about:blank")
+    assert page.errors() == []
+
+
+def test_only_the_page_itself_may_run(start_node):
+    """The policy allows the very script and style in the file, and no other network than its node."""
+    answer = start_node().ask("GET", "/")
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    policy = dict(part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; "))
+    for tag in ("script", "style"):
+        inline = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>".encode(), answer.body, re.DOTALL)
+        hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in inline]
+        assert policy[f"{tag}-src"].split() == hashes != []
+    assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    assert not re.search(rb'\b(src|href)="(?!/|data:)', answer.body)
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_the_count_goes_up(page, start_node):
+    """By the large button and by the one beside a name; what becomes of it is said aloud."""
+    node = start_node()
+    node.increment("/increment/visits?amount=1233")
+    page.open(node)
+    assert page.text("count") == "0"
+    page.element("plus").click()
+    wait_until(lambda: page.text("count") == "1" and page.said() == "default is 1")
+    page.button("Add 1 to visits").click()
+    wait_until(lambda: page.counters() == {"default": "1", "visits": "1,234"})
+    assert page.said() == "visits is 1,234"
+    assert (node.count(), node.count("visits")) == (1, 1234)
+
+
+def test_a_name_is_shown_large(page, start_node):
+    """By choosing it from the list, or by the part of the address behind #; with a rate."""
+    node = start_node()
+    for path in ("/increment/a?amount=7", "/increment/b?amount=-9007199254740991", "/increment/b?amount=-9"):
+        node.increment(path)
+    page.open(node, "#a")
+    assert (page.text("name"), page.text("count")) == ("a", "7")
+    wait_until(lambda: len(page.counters()) == 2)
+    page.driver.find_elements(By.CSS_SELECTOR, ".pick")[1].click()
+    wait_until(lambda: page.text("name") == "b" and page.text("count") == "-9,007,199,254,741,000")
+    assert page.driver.current_url.endswith("/#b")
+    wait_until(lambda: page.text("rate") == "0/s")
+    node.increment("/increment/b?amount=100")
+    wait_until(lambda: page.text("peak").startswith("peak ") and page.text("peak") != "peak 0/s")
+    assert "at most" in page.element("plot").get_attribute("aria-label")
+
+
+def test_the_cluster_is_shown(page, start_cluster):
+    """Increments at another node, peers with their state, and who this node is."""
+    one, two, three = start_cluster(3)
+    page.open(one)
+    two.increment("/increment?amount=42")
+    wait_until(lambda: page.text("count") == "42")
+    addresses = sorted([two.address, three.address])
+    wait_until(lambda: [row[:2] for row in page.table("peer-rows")] == [[address, "active"] for address in addresses])
+    assert page.text("summary") == "2 active"
+    about = one.get("/peers")["self"]
+    assert (page.text("self-address"), page.text("self-id")) == (one.address, about["id"])
+    assert page.text("version") == about["version"]
+    wait_until(lambda: re.fullmatch(r"\d+ s", page.text("uptime")))
+    three.kill()
+    one.increment()
+    wait_until(lambda: [row[1] for row in page.table("peer-rows") if row[0] == three.address] == ["lost"])
+    assert [row[3] for row in page.table("peer-rows") if row[0] == three.address] == ["1"]
+    assert page.text("summary") == "1 active, 1 lost"
+    assert page.said() == f"Peer {three.address} is lost"
+
+
+def test_the_page_recovers_when_its_node_is_back(page, start_cluster, start_node):
+    """It says that the node is gone, and goes on by itself with what the node then counts."""
+    one, two = start_cluster(2)
+    one.increment()
+    wait_until(lambda: two.count() == 1)
+    page.open(one)
+    wait_until(lambda: page.text("count") == "1")
+    id = wait_until(lambda: page.text("self-id"))
+    one.kill()
+    wait_until(lambda: page.text("live") == "not answering" and page.element("gone").is_displayed())
+    assert page.said() == "This node does not answer"
+    two.increment()
+    start_node(port=one.port, peers=[two])
+    wait_until(lambda: page.text("live") == "live" and not page.element("gone").is_displayed())
+    assert page.said() == "This node answers again"
+    wait_until(lambda: page.text("count") == "2" and page.text("self-id") != id)
+    # The browser itself reports every request that found nobody.
+    assert all("net::ERR_" in message for message in page.errors())
+
+
+def test_thousands_of_counters_are_searched_and_turned_over(page, start_node):
+    """A page of them at a time, from the node; a name that there is not can be made."""
+    node = start_node()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", node.port, timeout=10)) as connection:
+        for i in range(5000):
+            connection.request("POST", f"/increment/user:{i:04}")
+            connection.getresponse().read()
+    page.open(node)
+    first = [f"user:{i:04}" for i in range(20)]
+    wait_until(lambda: list(page.counters()) == first)
+    page.element("next").click()
+    wait_until(lambda: list(page.counters()) == [f"user:{i:04}" for i in range(20, 40)])
+    assert page.text("page") == "page 2"
+    page.element("previous").click()
+    wait_until(lambda: list(page.counters()) == first)
+    page.search("user:499")
+    wait_until(lambda: list(page.counters()) == [f"user:{i}" for i in range(4990, 5000)])
+    assert not page.element("pager").is_displayed()
+    page.search("new")
+    wait_until(lambda: page.counters() == {"new": "0"})
+    assert "+1 creates it" in page.text("note")
+    page.button("Add 1 to new").click()
+    wait_until(lambda: page.counters() == {"new": "1"} and not page.text("note"))
+    page.search("no/name")
+    wait_until(lambda: page.element("search").get_attribute("aria-invalid") == "true")
+
+
+def test_everything_can_be_reached_by_keyboard(page, start_node):
+    """In the order it is shown, each with a name that says what it does, and the focus stays."""
+    node = start_node()
+    node.increment("/increment/visits")
+    page.open(node)
+    wait_until(page.counters)
+    reached = []
+    for _ in range(8):
+        page.driver.switch_to.active_element.send_keys(Keys.TAB)
+        reached.append(page.driver.switch_to.active_element.accessible_name)
+    assert reached == ["Add 1 to default", "Show counters whose name begins with", "visits", "Add 1 to visits",
+                       "Counts", "Peers", "Metrics", "Readiness"]  # fmt: skip
+    button = page.button("Add 1 to visits")
+    page.driver.execute_script("arguments[0].focus()", button)
+    for count in ("2", "3"):
+        page.driver.switch_to.active_element.send_keys(Keys.ENTER)
+        wait_until(lambda count=count: page.counters()["visits"] == count)
+    node.increment("/increment/a-new-one")
+    wait_until(lambda: len(page.counters()) == 2)
+    assert page.driver.switch_to.active_element == button
+
+
+def test_nobody_is_asked_while_nobody_looks(page, start_node):
+    """A hidden tab asks the node nothing, and goes on when it is seen again."""
+    node = start_node()
+    page.open(node)
+    seen = page.driver.current_window_handle
+    page.driver.switch_to.new_window("tab")
+    try:
+        def asked():
+            text = node.ask("GET", "/metrics").body.decode()
+            return int(re.search(r'requests_total\{route="/count",status="200"\} (\d+)', text)[1])
+
+        before, since = asked(), time.monotonic()
+        wait_until(lambda: time.monotonic() > since + 2.5)
+        assert asked() <= before + 1  # which was under way
+    finally:
+        page.driver.close()
+        page.driver.switch_to.window(seen)
+    wait_until(lambda: asked() > before + 1)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_nothing_is_cut_and_nothing_overlaps(page, start_node, size, scheme):
+    """On a phone and on a desk, in light and dark, with names and counts as long as they get."""
+    node = start_node()
+    for name in ["W" * 128, *(f"checkout.completed.{i}" for i in range(20))]:
+        node.increment(f"/increment/{name}?amount=-9007199254740991")
+    page.resize(*size, scheme)
+    page.open(node, f"#{'W' * 128}")
+    wait_until(lambda: len(page.counters()) >= 10 and page.text("count") == "-9,007,199,254,740,991")
+    sees = page.driver.execute_script
+    assert sees("return matchMedia('(prefers-color-scheme: dark)').matches") == (scheme == "dark")
+    assert sees("return document.documentElement.scrollWidth <= innerWidth")
+    shown = ":is(h1, h2, p, span, th, td, dt, dd, button, input, a):not(.unseen, .unseen *, [hidden] *)"
+    assert sees(CUT, shown) == []
+    assert sees(OVERLAPPING, "#count, #name, #plus, #rate, #plot, #rows td, #rows th, dd, dt") == []

@@ -1,0 +1,123 @@
+"""The files in deploy/: valid for the tools that read them, and with flags that exist."""
+
+import configparser
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+from conftest import PROJECT, require_tools
+
+from counter_server import parse_arguments
+
+DEPLOY = PROJECT / "deploy"
+UNIT = DEPLOY / "counter-server.service"
+
+
+def run(*command):
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def documents():
+    return list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
+
+
+def stateful_set():
+    return next(document for document in documents() if document["kind"] == "StatefulSet")
+
+
+def container():
+    return stateful_set()["spec"]["template"]["spec"]["containers"][0]
+
+
+def compose():
+    return yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+
+
+def unit_arguments():
+    line = re.search("^ExecStart=(.*)$", UNIT.read_text(), re.MULTILINE)[1]
+    example = re.search("COUNTER_PEERS=([^']+)", UNIT.read_text())[1]
+    return shlex.split(line.replace("${COUNTER_PEERS}", example))[1:]
+
+
+def command_lines():
+    yield unit_arguments()
+    yield container()["args"]
+    for service in compose()["services"].values():
+        yield service["command"]
+
+
+@pytest.mark.parametrize("arguments", list(command_lines()), ids=" ".join)
+def test_a_command_line_is_accepted(arguments, tmp_path):
+    """It listens for other machines, with a secret, and has peers."""
+    secret = tmp_path / "secret"
+    secret.write_text("deployed")
+    secret.chmod(0o440)
+    text = re.sub(r"(--secret-file[ =])\S+", rf"\1{secret}", " ".join(arguments))
+    config = parse_arguments(text.split())
+    assert (config.host, config.port, config.secret) == ("0.0.0.0", 8080, b"deployed")
+    assert config.peers
+
+
+def test_systemd_accepts_the_unit(tmp_path):
+    """Without a warning, and as one that is exposed little."""
+    require_tools("systemd-analyze")
+    unit = tmp_path / UNIT.name
+    unit.write_text(UNIT.read_text().replace("/opt/counter-server/bin/counter-server", sys.executable))
+    verified = run("systemd-analyze", "verify", "--man=no", str(unit))
+    assert [line for line in verified.stderr.splitlines() if UNIT.name in line] == []
+    assert verified.returncode == 0, verified.stderr
+    exposure = run("systemd-analyze", "security", "--offline=yes", "--threshold=20", str(unit))
+    assert exposure.returncode == 0, exposure.stdout
+
+
+def test_compose_accepts_its_file():
+    """It follows the schema of the Compose Specification."""
+    checked = run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec",
+                  "deploy/compose.yaml")  # fmt: skip
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("document", documents(), ids=lambda document: document["kind"])
+def test_kubernetes_accepts_its_resources(document):
+    """They follow the schemas of its API, without unknown fields."""
+    kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_kubernetes_finds_what_the_resources_name():
+    """Services select the pods, seeds are the headless service, probes and secret are where the node has them."""
+    pod = stateful_set()["spec"]["template"]
+    named = {document["metadata"]["name"]: document for document in documents()}
+    services = {name: document["spec"] for name, document in named.items() if document["kind"] == "Service"}
+    for spec in services.values():
+        assert spec["selector"].items() <= pod["metadata"]["labels"].items()
+    config_peers = next(argument for argument in container()["args"] if argument.startswith("--peers="))
+    headless = stateful_set()["spec"]["serviceName"]
+    assert services[headless]["clusterIP"] == "None"
+    assert services[headless]["publishNotReadyAddresses"]
+    assert config_peers == f"--peers={headless}:8080"
+    assert container()["livenessProbe"]["httpGet"]["path"] == "/healthz"
+    assert container()["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    volume, mount = pod["spec"]["volumes"][0], container()["volumeMounts"][0]
+    assert volume["name"] == mount["name"]
+    assert volume["secret"]["defaultMode"] & 0o007 == 0
+    assert f"--secret-file={mount['mountPath']}/secret" in container()["args"]
+
+
+def test_the_image_has_what_the_project_is_made_of():
+    """Every module and page is installed, and none of it is kept from the build."""
+    setup = configparser.ConfigParser()
+    setup.read(PROJECT / "setup.cfg")
+    modules = {path.stem for path in PROJECT.glob("*.py")}
+    assert set(setup["options"]["py_modules"].split()) == modules
+    assert setup["options"]["packages"].split() == [path.parent.name for path in PROJECT.glob("*/__init__.py")]
+    pages = {path.name for path in Path(PROJECT, "dashboard").glob("*.html")}
+    assert set(setup["options.package_data"]["dashboard"].split()) == pages
+    sent = set((PROJECT / ".dockerignore").read_text().split())
+    assert sent >= {"!*.py", "!dashboard", "!setup.cfg", "!pyproject.toml", "!README.md", "!LICENSE"}
+    entry = setup["options.entry_points"]["console_scripts"].split()[0]
+    assert f'ENTRYPOINT ["{entry}"]' in (DEPLOY / "Dockerfile").read_text()

@@ -1,0 +1,240 @@
+"""GET /metrics, read by the parser of the official client, and the counting behind it."""
+
+import contextlib
+import http.client
+import re
+import threading
+
+import pytest
+from conftest import PROJECT, wait_until
+from prometheus_client.parser import text_string_to_metric_families
+
+import metrics
+from counter_server import Node, parse_arguments
+from metrics import BUCKETS_S, TIMED_ONE_IN, Requests, Tally
+
+OK, NOT_FOUND = b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 404 Not Found\r\n\r\n"
+
+
+@pytest.fixture
+def node():
+    node = Node(parse_arguments(["--port", "0"]))
+    node.start()
+    yield node
+    node.stop()
+
+
+@pytest.fixture
+def connect(node):
+    """Open a connection to the node by calling it; afterwards all are closed."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(
+            contextlib.closing(http.client.HTTPConnection("127.0.0.1", node.port, timeout=10))
+        )
+
+
+def ask(connection, method, path):
+    connection.request(method, path)
+    response = connection.getresponse()
+    return response, response.read().decode()
+
+
+def samples(text):
+    """Return {(name, labels): value} of an exposition, which has nothing twice."""
+    found = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    by_key = {(sample.name, *sorted(sample.labels.items())): sample.value for sample in found}
+    assert len(by_key) == len(found)
+    return by_key
+
+
+def scrape(connection):
+    response, text = ask(connection, "GET", "/metrics")
+    assert response.status == 200
+    assert response.headers["Content-Type"] == metrics.CONTENT_TYPE
+    return samples(text)
+
+
+def requests_to(found, route, status):
+    return found.get(("counter_http_requests_total", ("route", route), ("status", status)), 0)
+
+
+def test_every_metric_is_conventional(connect):
+    """Each has HELP and TYPE, base units, and _total where and only where it counts."""
+    connection = connect()
+    ask(connection, "POST", "/increment")
+    families = list(text_string_to_metric_families(ask(connection, "GET", "/metrics")[1]))
+    for family in families:
+        assert family.documentation.endswith(".")
+        assert family.type in ("counter", "gauge", "histogram")
+        assert family.name.startswith(("counter_", "process_"))
+        for sample in family.samples:
+            assert sample.name.endswith("_total") == (family.type == "counter")
+    assert {"counter_build_info", "process_start_time_seconds"} <= {family.name for family in families}
+
+
+def test_the_readme_names_metrics_that_exist(connect):
+    """Nobody is to be alerted by an expression that never matches."""
+    named = set(re.findall(r"\bcounter_(?!server)[a-z_]+", (PROJECT / "README.md").read_text()))
+    exposed = ask(connect(), "GET", "/metrics")[1]
+    assert len(named) > 5
+    assert [name for name in named if f"# TYPE {name} " not in exposed] == []
+
+
+def test_what_is_counted_is_exposed(connect):
+    """Increments accepted, the value of each counter, and how many there are."""
+    connection = connect()
+    for path in ("/increment/a?amount=5", "/increment/a?amount=-7", "/increment/b"):
+        ask(connection, "POST", path)
+    found = scrape(connection)
+    assert found[("counter_increments_total",)] == 3
+    assert found["counter_value", ("name", "a")] == -2
+    assert found["counter_value", ("name", "b")] == 1
+    assert found[("counter_counters",)] == 2
+    assert found[("counter_replicas",)] == 1
+
+
+def test_only_so_many_counters_are_exposed_one_by_one(connect, node, monkeypatch):
+    """The first by name; all of them are in the number of counters."""
+    monkeypatch.setattr(metrics, "NAMED_MAX", 3)
+    for name in "edcba":
+        node.counter.increment(name)
+    found = scrape(connect())
+    assert [key[1][1] for key in found if key[0] == "counter_value"] == ["a", "b", "c"]
+    assert found[("counter_counters",)] == 5
+
+
+def test_every_request_is_counted_by_route_and_status(connect):
+    """Also one that repeats the one before, one that is refused, and one to no path at all."""
+    connection = connect()
+    for path in [*["/count/x"] * 200, "/count/x?bad", "/nowhere", "/increments/00000000-0000-8000-8000-000000000001"]:
+        ask(connection, "GET", path)
+    for _ in range(5):
+        ask(connection, "POST", "/increment/y?acks=1")
+        ask(connection, "OPTIONS", "/increment")
+    found = scrape(connection)
+    assert requests_to(found, "/count", "200") == 200
+    assert requests_to(found, "/count", "400") == 1
+    assert requests_to(found, "other", "404") == 1
+    assert requests_to(found, "/increments", "404") == 1
+    assert requests_to(found, "/increment", "200") == 5
+    assert requests_to(found, "/increment", "204") == 5
+    assert requests_to(found, "/metrics", "200") == 0  # this one is answered before it is counted
+    assert requests_to(scrape(connection), "/metrics", "200") == 1
+
+
+def test_a_repeated_request_that_is_refused_is_counted_as_that(node, connect, monkeypatch):
+    """The same bytes may be answered with another status than before."""
+    connection, path = connect(), f"/increments/{node.counter.replica}-8000-000000000001"
+    node.counter.increment("first")
+    assert [ask(connection, "GET", path)[0].status for _ in range(2)] == [200, 200]
+    monkeypatch.setattr(node.counter, "holds", lambda replica, sequence: False)
+    assert [ask(connection, "GET", path)[0].status for _ in range(3)] == [404, 404, 404]
+    found = scrape(connection)
+    assert requests_to(found, "/increments", "200") == 2
+    assert requests_to(found, "/increments", "404") == 3
+
+
+def test_a_bug_is_counted_as_500(node, connect, monkeypatch, caplog):
+    """On the route it is in, whether it was met before or not."""
+    connection = connect()
+    assert ask(connection, "GET", "/count")[0].status == 200
+    monkeypatch.setattr(node.counter, "value", lambda name: 1 / 0)
+    assert ask(connection, "GET", "/count")[0].status == 500
+    assert requests_to(scrape(connect()), "/count", "500") == 1
+    caplog.clear()
+
+
+def test_what_a_connection_counted_outlives_it(node, connect):
+    """Requests are counted for good, connections while they are open."""
+    closed, open = connect(), connect()
+    ask(closed, "GET", "/count")
+    ask(open, "GET", "/count")
+    assert scrape(open)["counter_connections", ("kind", "client")] == 2
+    closed.close()
+    wait_until(lambda: node.server.connections()["client"] == 1)
+    found = scrape(open)
+    assert requests_to(found, "/count", "200") == 2
+    assert found["counter_connections", ("kind", "client")] == 1
+
+
+def test_the_durations_are_a_histogram(connect):
+    """Cumulative, with as many requests as were timed or stood for."""
+    connection = connect()
+    for _ in range(3 * TIMED_ONE_IN + 1):
+        ask(connection, "GET", "/count")
+    found = scrape(connection)
+    name, route = "counter_http_request_duration_seconds", ("route", "/count")
+    buckets = [value for key, value in found.items() if key[0] == f"{name}_bucket" and key[-1] == route]
+    assert len(buckets) == len(BUCKETS_S) + 1
+    assert buckets == sorted(buckets)
+    assert buckets[-1] == found[f"{name}_count", route] == 3 * TIMED_ONE_IN + 1
+    assert 0 < found[f"{name}_sum", route] < 10
+
+
+def test_a_duration_falls_into_its_bucket():
+    """The bounds belong to what is below them, and what is slower than all is counted too."""
+    tally = Tally()
+    for seconds in (0.0, *BUCKETS_S, 1000.0):
+        tally.count(OK, seconds)
+    assert tally.buckets == [2] + [1] * len(BUCKETS_S)
+    tally.observe(0.05, 10)
+    assert sum(tally.buckets) == len(BUCKETS_S) + 12
+
+
+def test_totals_are_of_open_and_ended_connections():
+    """They belong to who asked: what is counted later does not change them."""
+    requests = Requests()
+    first, second = requests.open(), requests.open()
+    first.of("/a").count(OK, 1.0)
+    second.of("/a").count(NOT_FOUND, 2.0)
+    second.of("/b").count(OK, 3.0)
+    requests.close(first)
+    totals = requests.totals()
+    second.of("/a").count(OK, 0.0)
+    assert {route: tally.statuses for route, tally in totals.items()} == {
+        "/a": {b"200": [1], b"404": [1]},
+        "/b": {b"200": [1]},
+    }
+    assert totals["/a"].seconds == 3.0
+    requests.close(second)
+    assert requests.totals()["/a"].statuses == {b"200": [2], b"404": [1]}
+
+
+def test_scraping_disturbs_no_connection():
+    """While threads count without a lock, every total is as great as the one before, and the last is exact."""
+    requests, seen = Requests(), []
+
+    def connection(number):
+        tally = requests.open()
+        for i in range(3000):
+            tally.of(f"/{i % 50}").count(OK if i % 2 else NOT_FOUND, 0.0)
+        requests.close(tally)
+
+    threads = [threading.Thread(target=connection, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        seen.append(sum(sum(tally.buckets) for tally in requests.totals().values()))
+    assert seen == sorted(seen)
+    totals = requests.totals().values()
+    assert sum(number for tally in totals for (number,) in tally.statuses.values()) == 12_000
+
+
+def test_a_cluster_tells_of_its_peers(start_cluster):
+    """Active and lost ones, what each has yet to confirm, and what it took to tell them."""
+    one, two, three = start_cluster(3)
+    one.increment()
+    wait_until(lambda: two.count() == three.count() == 1)
+    three.kill()
+    lost = wait_until(lambda: one.peers("lost"))
+    one.increment()
+    wait_until(lambda: two.count() == 2)
+    found = wait_until(lambda: (seen := samples(one.ask("GET", "/metrics").body.decode()))
+                       and seen[("counter_gossip_retries_total",)] and seen)  # fmt: skip
+    assert found["counter_peers", ("state", "active")] == found["counter_peers", ("state", "lost")] == 1
+    assert lost == {three.address}
+    assert found["counter_peer_unconfirmed_increments", ("address", three.address)] == 1
+    assert found["counter_peer_unconfirmed_increments", ("address", two.address)] == 0
+    assert found[("counter_deltas_sent_total",)] >= 2
+    assert found[("counter_gossip_messages_sent_total",)] > found[("counter_gossip_messages_failed_total",)] > 0
+    assert found[("counter_gossip_sent_bytes_total",)] > 100 < found[("counter_gossip_received_bytes_total",)]
