@@ -503,7 +503,6 @@ class Gossip:
     def _back_off_locked(self, link, now):
         link.failures += 1
         link.retry_at = now + backoff_s(link.failures, self._backoff_s, self._backoff_max_s, self._rng)
-        return link.failures
 
     def released(self, link):
         """Take note that there was nothing to send, or that a seed was looked up; the link is free again."""
