@@ -99,19 +99,25 @@ class Network:
             self.false_removals += bool(other and other.alive and other.counter.replica == change.id)
 
     def at(self, time, node, action):
-        heapq.heappush(self._events, (time, next(self._tie), node, action))
+        """Let a node act at that time; return the event, whose last part is None once it is over or called off."""
+        event = [time, next(self._tie), node, action]
+        heapq.heappush(self._events, event)
+        return event
 
     def run(self, seconds):
         """Let that much time pass."""
         end = self.now + seconds
         while self._events and self._events[0][0] <= end:
-            time, _, node, action = heapq.heappop(self._events)
+            event = heapq.heappop(self._events)
+            time, _, node, action = event
             self.now = max(self.now, time)
-            if not node.alive:
+            if action is None or not node.alive:
                 continue
             if self.now < node.paused_until:
-                self.at(node.paused_until, node, action)
+                event[:2] = node.paused_until, next(self._tie)
+                heapq.heappush(self._events, event)
                 continue
+            event[-1] = None
             action()
             node.send()
         self.now = end
@@ -125,17 +131,14 @@ class Network:
 
     def exchange(self, sender, link, request):
         """Carry a request and its answer; whatever is lost ends in a failure at the sender."""
-        pending = [True]
         sent = self._send(request)
-
-        def fail():
-            if pending:
-                pending.clear()
-                sender.gossip.failed(link, OSError("lost"), self.now)
+        timeout = self.at(
+            self.now + READ_TIMEOUT_S, sender, lambda: sender.gossip.failed(link, OSError("lost"), self.now)
+        )
 
         def answered(answer):
-            if pending:
-                pending.clear()
+            if timeout[-1] is not None:
+                timeout[-1] = None
                 sender.gossip.answered(link, request, self._receive(answer), self.now)
 
         def arrive(receiver):
@@ -143,7 +146,6 @@ class Network:
             for delay_s in self._deliveries(receiver.address, sender.address):
                 self.at(self.now + delay_s, sender, lambda: answered(answer))
 
-        self.at(self.now + READ_TIMEOUT_S, sender, fail)
         deliveries, receiver = self._deliveries(sender.address, link.address), self.nodes.get(link.address)
         for delay_s in deliveries if receiver else ():
             self.at(self.now + delay_s, receiver, lambda: arrive(receiver))
