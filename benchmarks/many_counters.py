@@ -62,7 +62,9 @@ def run(options):
             with process(count_at, nodes[0].port, counters, options.per_s):
                 for where, node in {"same node": nodes[0], "a peer": nodes[-1]}.items():
                     took_s = read_s(node.port, counters, options.seconds)
-                    figures.setdefault((where, counters), []).append([percentile(took_s, at) * 1e3 for at in (0.5, 0.99)])
+                    figures.setdefault((where, counters), []).append(
+                        [percentile(took_s, at) * 1e3 for at in (0.5, 0.99)]
+                    )
         nodes = clusters[options.counters]
         with start_node(nodes[:1]) as joiner:
             joiner.wait_listening()
@@ -71,8 +73,13 @@ def run(options):
                 wait_until(lambda: ask(sock, "GET /count/counter-0")["count"], "the joiner has the counters")
     for (where, counters), rounds in sorted(figures.items()):
         p50_ms, p99_ms = map(statistics.median, zip(*rounds, strict=True))
-        print(f"{options.nodes} nodes, {counters:>7,} counters, GET at {where:9}: p50 {p50_ms:.2f} ms, p99 {p99_ms:.2f} ms")
-    print(f"a node joins, {options.counters:,} counters: p99 {percentile(joining, 0.99) * 1e3:.1f} ms, max {joining[-1] * 1e3:.0f} ms")
+        print(
+            f"{options.nodes} nodes, {counters:>7,} counters, GET at {where:9}: p50 {p50_ms:.2f} ms, p99 {p99_ms:.2f} ms"
+        )
+    print(
+        f"a node joins, {options.counters:,} counters: p99 {percentile(joining, 0.99) * 1e3:.1f} ms, "
+        f"max {joining[-1] * 1e3:.0f} ms"
+    )
 
 
 def main():

@@ -52,7 +52,9 @@ def run(options):
         time.sleep(5)
         idle_s = time.monotonic() - idle_from
         used = sorted((node.cpu_s() - before) / idle_s * 100 for node, before in zip(nodes, cpu_s, strict=True))
-        print(f"CPU of an idle node: median {used[len(used) // 2]:.1f} %, at most {used[-1]:.1f} % of a core", flush=True)
+        print(
+            f"CPU of an idle node: median {used[len(used) // 2]:.1f} %, at most {used[-1]:.1f} % of a core", flush=True
+        )
         started = time.monotonic()
         for number in range(options.increments):
             ask(socks[number % len(socks)], "POST /increment")

@@ -223,7 +223,9 @@ def curves(results):
     """Return an SVG with a curve over N for every figure."""
     sizes = sorted({int(key.split()[0]) for key in results})
     width, height, columns = 320, 190, 3
-    names = [name for name in FIGURES if name != "cpu_s" and any(median(results, size, name) is not None for size in sizes)]
+    names = [
+        name for name in FIGURES if name != "cpu_s" and any(median(results, size, name) is not None for size in sizes)
+    ]
     rows = -(-len(names) // columns)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * columns} {height * rows}">',

@@ -247,6 +247,7 @@ def test_nobody_is_asked_while_nobody_looks(page, start_node):
     seen = page.driver.current_window_handle
     page.driver.switch_to.new_window("tab")
     try:
+
         def asked():
             text = node.ask("GET", "/metrics").body.decode()
             return int(re.search(r'requests_total\{route="/count",status="200"\} (\d+)', text)[1])

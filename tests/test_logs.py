@@ -51,6 +51,11 @@ def test_a_node_logs_json_from_its_first_line_to_its_last(start_node):
     wait_until(lambda: node.peers() == {peer.address})
     assert peer.stop() == node.stop() == 0
     lines = [json.loads(text) for text in node.stderr().splitlines()]
-    assert [line["message"].partition(":")[0] for line in lines] == ["listening", "peer joined", "peer left", "stopping"]
+    assert [line["message"].partition(":")[0] for line in lines] == [
+        "listening",
+        "peer joined",
+        "peer left",
+        "stopping",
+    ]
     assert lines[1]["addr"] == lines[2]["addr"] == peer.address
     assert lines[3]["signal"] == "SIGTERM"

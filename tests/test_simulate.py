@@ -32,6 +32,8 @@ def test_the_life_of_a_cluster_is_the_same_every_time(tmp_path):
 def test_loss_is_measured_into_the_same_file(tmp_path):
     saved = tmp_path / "figures.json"
     saved.write_text('{"12 1": {"gone_s": 6}}')
-    table = simulate("--nodes", 12, "--seeds", 1, "--scenario", "loss", "--loss-seconds", 30, "--pause", 1, "--save", saved)
+    table = simulate(
+        "--nodes", 12, "--seeds", 1, "--scenario", "loss", "--loss-seconds", 30, "--pause", 1, "--save", saved
+    )
     assert json.loads(saved.read_text()) == {"12 1": {"gone_s": 6, "false_loss": 0}}
     assert "crashed node gone" in table
