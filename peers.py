@@ -104,10 +104,10 @@ class _Probe:
 
 
 class _Peer:
-    __slots__ = ("address", "beat", "heard", "id", "place", "probe", "risen", "state")
+    __slots__ = ("address", "heard", "id", "place", "probe", "risen", "state")
 
-    def __init__(self, id, address, beat, now):
-        self.id, self.address, self.beat = id, address, beat
+    def __init__(self, id, address, now):
+        self.id, self.address = id, address
         self.state = RUMOURED
         self.heard = now  # when it last proved to be alive
         self.place = None  # its index in PeerTable._roll and _news while it is active
@@ -136,6 +136,9 @@ class PeerTable:
         self._lock = threading.Lock()
         self._id, self._address, self._beat, self._leaving = replica, address, 0, False
         self._peers = {}  # id -> _Peer
+        # id -> the greatest beat known of each of them.  Most that a message says is known already, and
+        # to find that out is most of the work in a large cluster: one look-up, without the _Peer.
+        self._beat_of = {}
         # The active ones of them in any order, to pick some without a look at all; and beside each what
         # a message says of it: (id, address, beat), so that a part of the membership is a slice.
         self._roll, self._news = [], []
@@ -240,10 +243,10 @@ class PeerTable:
                         peer.probe.reset()
                         changes.append(Change("lost", peer.id, peer.address))
                     elif peer.state == RUMOURED:
-                        self._forget_locked(peer.id, peer.beat)
+                        self._forget_locked(peer.id)
             lost = sorted((peer for peer in self._others_locked() if peer.state == LOST), key=lambda peer: peer.heard)
             for peer in lost[:-LOST_MAX]:
-                self._forget_locked(peer.id, peer.beat)
+                self._forget_locked(peer.id)
             self._answered = {a: id for a, id in self._answered.items() if id in self._peers or id == self._id}
             self._left = {id: until for id, until in self._left.items() if now < until}
             probes = self._probes_locked(now)
@@ -331,11 +334,10 @@ class PeerTable:
                     self._answered[answered_at] = self._id
                 return contact, changes
             self._sender_locked(sender, now, answered_at, contact, changes)
-            find = self._peers.get
-            for id, address, beat in view.peers:
-                peer = find(id)
-                if peer is None or beat > peer.beat:  # most is known already
-                    self._rumour_locked(peer, id, address, beat, now, contact, changes)
+            beat_of = self._beat_of.get
+            for news in view.peers:
+                if news[2] > beat_of(news[0], -1):
+                    self._rumour_locked(news, now, contact, changes)
             for id in view.left:
                 self._departure_locked(id, now, changes)
             contact = [address for address in dict.fromkeys(contact) if address != self._address]
@@ -347,18 +349,17 @@ class PeerTable:
         if sender.leaving:
             self._departure_locked(sender.id, now, changes)
         peer = self._peers.get(sender.id)
-        known_beat = peer.beat if peer else self._gone.get(sender.id, -1)
+        known_beat = self._beat_of[sender.id] if peer else self._gone.get(sender.id, -1)
         address = sender.address or answered_at
         if known_beat == NEVER or not address or not (answered_at or sender.beat > known_beat):
             return
         if peer is None:
-            self._gone.pop(sender.id, None)
-            peer = self._peers[sender.id] = _Peer(sender.id, address, sender.beat, now)
+            peer = self._meet_locked(sender.id, address, sender.beat, now)
         self._place_locked(peer, address)
-        peer.beat, peer.heard = max(peer.beat, sender.beat), now
+        self._beat_of[peer.id], peer.heard = max(known_beat, sender.beat), now
         self._met.append(peer)
         if peer.state == ACTIVE:
-            self._news[peer.place] = (peer.id, peer.address, peer.beat)
+            self._news[peer.place] = self._news_of_locked(peer)
             return
         if not answered_at and self._answered.get(address, peer.id) != peer.id:
             contact.append(address)  # somebody else answered there: who does now?
@@ -376,25 +377,23 @@ class PeerTable:
                 changes.append(Change("restarted", peer.id, address))
             if peer.id == former or peer.state != ACTIVE:
                 # Only a greater beat can bring it back: if it lives after all, it has one.
-                self._forget_locked(peer.id, peer.beat)
+                self._forget_locked(peer.id)
 
-    def _rumour_locked(self, peer, id, address, beat, now, contact, changes):
-        """Take in a beat that is greater than the one known; `peer` is None for an unknown id."""
-        if id == self._id or (peer is None and beat <= self._gone.get(id, -1)):
-            return
-        # With enough peers to talk to, those heard of now can wait for their beats to rise.
-        eager = not self._large_locked() or len(self._roll) < self._fanout
+    def _rumour_locked(self, news, now, contact, changes):
+        """Take in (id, address, beat) with a beat that is greater than the one known, or of an unknown id."""
+        id, address, beat = news
+        peer = self._peers.get(id)
         if peer is None:
-            self._gone.pop(id, None)
-            peer = self._peers[id] = _Peer(id, address, beat, now)
-            self._place_locked(peer, address)
-            if eager:
+            if id == self._id or beat <= self._gone.get(id, -1):
+                return
+            self._meet_locked(id, address, beat, now)
+            if self._eager_locked():
                 contact.append(address)
             return
-        peer.beat = beat
+        self._beat_of[id] = beat
         if peer.state == ACTIVE:
             peer.heard = now
-            self._news[peer.place] = (id, peer.address, beat)
+            self._news[peer.place] = news if address == peer.address else self._news_of_locked(peer)
         elif self._large_locked() and (peer.state == RUMOURED or peer.risen):
             # Too many to contact everyone.  Somebody has heard it beat, and again just now.
             changes.append(Change("back" if peer.state == LOST else "joined", id, peer.address))
@@ -402,8 +401,23 @@ class PeerTable:
             self._activate_locked(peer)
         else:
             peer.risen = True  # once may be an old rumour, late; and twice is a proof in a large cluster
-            if eager:
+            if self._eager_locked():
                 contact.append(peer.address)
+
+    def _eager_locked(self):
+        """Return whether to contact who is heard of; with enough peers to talk to, their beats can rise first."""
+        return not self._large_locked() or len(self._roll) < self._fanout
+
+    def _meet_locked(self, id, address, beat, now):
+        """Return the new peer with that id."""
+        self._gone.pop(id, None)
+        peer = self._peers[id] = _Peer(id, address, now)
+        self._beat_of[id] = beat
+        self._place_locked(peer, address)
+        return peer
+
+    def _news_of_locked(self, peer):
+        return peer.id, peer.address, self._beat_of[peer.id]
 
     def _departure_locked(self, id, now, changes):
         if id == self._id or self._gone.get(id) == NEVER:
@@ -414,7 +428,9 @@ class PeerTable:
         self._left[id] = now + LEFT_NEWS_TIMEOUTS * self._timeout_s
         self._forget_locked(id, NEVER)
 
-    def _forget_locked(self, id, beat):
+    def _forget_locked(self, id, beat=None):
+        """Drop a peer, if it is one; its id may return above that beat, or else above its last."""
+        last_beat = self._beat_of.pop(id, 0)
         peer = self._peers.pop(id, None)
         if peer:
             if peer.state == ACTIVE:
@@ -422,14 +438,14 @@ class PeerTable:
             self._place_locked(peer, None)
             if self._answered.get(peer.address) == id:
                 del self._answered[peer.address]
-        self._gone[id] = beat
+        self._gone[id] = last_beat if beat is None else beat
         if len(self._gone) > GONE_MAX:
             self._gone.popitem(last=False)
 
     def _activate_locked(self, peer):
         peer.state, peer.place = ACTIVE, len(self._roll)
         self._roll.append(peer)
-        self._news.append((peer.id, peer.address, peer.beat))
+        self._news.append(self._news_of_locked(peer))
 
     def _deactivate_locked(self, peer, state):
         peer.state = state

@@ -411,8 +411,9 @@ def test_the_lists_of_a_table_agree_whatever_it_is_told(seed):
         answered_at = address if rng.random() < 0.5 else None
         table.heard(says(id, address, rng.randrange(step + 1), rng.random() < 0.01), view, step / 4, answered_at)
         table.sweep(step / 4)
-        active = sorted((peer.id, peer.address, peer.beat) for peer in table._peers.values() if peer.state == ACTIVE)
-        assert sorted(table._news) == sorted((peer.id, peer.address, peer.beat) for peer in table._roll) == active
+        assert table._beat_of.keys() == table._peers.keys()
+        active = sorted(table._news_of_locked(peer) for peer in table._peers.values() if peer.state == ACTIVE)
+        assert sorted(table._news) == sorted(table._news_of_locked(peer) for peer in table._roll) == active
         assert all(table._roll[peer.place] is peer for peer in table._roll)
         at = {(peer.address, peer.id) for peer in table._peers.values()}
         assert {(address, id) for address, ids in table._ids_at.items() for id in ids} == at
