@@ -211,9 +211,9 @@ def _checked_delta(delta):
 
 def _cause(error):
     """Return what lies behind an exception of requests, without its wrappings."""
-    while error.args and isinstance(error.args[0], Exception):
-        error = error.args[0]
-    return getattr(error, "reason", error)
+    wrapped = (getattr(error, "reason", None), *error.args)
+    inner = next((part for part in wrapped if isinstance(part, Exception)), None)
+    return error if inner is None else _cause(inner)
 
 
 class Traffic:

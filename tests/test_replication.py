@@ -656,6 +656,14 @@ def test_a_peer_that_answers_nonsense_is_tried_again_and_harms_nobody(pool, repl
     assert "Traceback" not in caplog.text
 
 
+def test_the_log_says_in_words_why_sending_failed(pool, caplog):
+    """Without what requests wraps around it: it is read by operators."""
+    _, replicator, (peer,) = pool(lambda body: 1 / 0)  # which hangs up without an answer
+    replicator.contact([peer.address], [])
+    said = f"retrying: addr={peer.address} error=Remote end closed connection without response"
+    wait_until(lambda: said in [record.getMessage() for record in caplog.records])
+
+
 def test_peers_that_hang_hold_no_worker_that_others_need(pool):
     """With as many hanging peers as workers, a good one is served as soon as they are known for it."""
     released = threading.Event()
