@@ -153,6 +153,10 @@ class Api:
     Refused.  An action may be called again for a request with the very same head.
     """
 
+    # Served even when all connections are taken: to peers, and to those who would else take the node for
+    # dead.  They might restart all nodes at once that have too many clients, and so lose the counts.
+    vital_paths = frozenset({replication.PATH, "/healthz", "/readyz", "/metrics"})
+
     def __init__(self, node):
         self._node = node
         self._routes = {  # path -> {method: route}; a GET serves HEAD as well
@@ -342,7 +346,7 @@ class Api:
         about = {"id": node.counter.replica, "address": node.table.address, "uptime_s": round(now - node.started, 1)}
         peers = [
             {"id": id, "address": address, "state": state, "silent_s": round(silent_s, 3),
-             "unconfirmed": unconfirmed.get(address, 0)}
+             "unconfirmed": unconfirmed.get(address)}
             for id, address, state, silent_s in node.table.snapshot(now)
         ]  # fmt: skip
         return _json({"self": about | {"version": __version__}, "peers": peers})
@@ -356,6 +360,8 @@ class Api:
         return self._readiness
 
     def _readiness(self, _body, _connection):
+        if self._node.server.stopping:
+            raise Refused(503, "this node is stopping", [("Retry-After", "1")])
         ready, alone = self._node.readiness()
         if not ready:
             raise Refused(503, "this node has not yet caught up with any of its peers", [("Retry-After", "1")])
@@ -394,8 +400,8 @@ class Api:
             node.table.advertise(join_address(connection.local_host(), node.port))
         answer = node.gossip.receive(message, time.monotonic())
         node.server.recognise_peer(connection)
-        answer = replication.encode(answer)
-        node.replicator.traffic.add(bytes_received=len(body), bytes_sent=len(answer))
+        deltas, answer = len(answer.deltas), replication.encode(answer)
+        node.replicator.traffic.add(deltas=deltas, bytes_received=len(body), bytes_sent=len(answer))
         return http1.response(200, answer, headers=[(replication.SIGNATURE, signer.answer(signature, answer))])
 
 

@@ -5,7 +5,7 @@
                                                      action(body, connection) ─▶ sendall(response)
 
 What the requests mean is the api's business.  This file knows of peers only which path their
-messages come on, and that they are served when clients no longer are.
+messages come on, and that they are served, like `api.vital_paths`, when clients no longer are.
 """
 
 import contextlib
@@ -38,6 +38,7 @@ SEND_TIMEOUT_S = 30.0
 CLIENT, PEER, RESERVED = "client", "peer", "reserved"  # kinds of connections
 RESERVE_MAX = 64  # connections read beyond --max-connections, to find the peers among them
 RESERVE_TIMEOUT_S = 2.0  # for each part of the request by which such a connection shows to be a peer's
+ROOM = 0.9  # of --max-connections: with fewer there is room again, which is logged
 LINGER_S = 1.0  # for a client to read the last response
 STOP_S = 2.0  # for requests in flight when the server stops
 
@@ -134,7 +135,7 @@ class Connection(socketserver.BaseRequestHandler):
             head, raw = self._read_head()
             self._route = self.server.api.route_of(head.path)
             repeats = received == raw + b"\r\n\r\n" and not head.length and "acks" not in head.query
-            if self.kind == RESERVED and head.path != PEER_PATH:
+            if self.kind == RESERVED and head.path not in self.server.api.vital_paths:
                 reason = "this node is stopping" if self.server.stopping else "all connections are taken"
                 raise Refused(503, f"{reason}; try again later", [("Retry-After", "1")], close=True)
             body = self._read_body(head)
@@ -236,11 +237,12 @@ class Server(ThreadingHTTPServer):
         self.stopping = False
         self.requests = metrics.Requests()
         self._clients_max = config.max_connections
-        # Guards the two below.  Held for dictionary work only, never together with another.
+        # Guards the three below.  Held for dictionary work only, never together with another.
         # Who waits on it waits for the end of a connection.
         self._changed = threading.Condition()
         self._open = {}  # thread -> (socket, kind of the connection it serves)
         self._numbers = {CLIENT: 0, PEER: 0, RESERVED: 0}  # of open connections
+        self._full = False  # clients are sent away, which was logged
         self._serial = itertools.count(1)  # used by the accepting thread alone
         self._thread = threading.Thread(target=self.serve_forever, args=(0.2,), name="accept", daemon=True)
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -312,7 +314,11 @@ class Server(ThreadingHTTPServer):
                 return None
             kind = self._free_locked()
             self._numbers[kind] += 1
-            return kind
+            fills = kind == RESERVED and not self._full and not self.stopping
+            self._full = self._full or fills
+        if fills:
+            log.warning("clients are sent away: all of --max-connections are taken, max=%d", self._clients_max)
+        return kind
 
     def _free_locked(self):
         """Return a kind of which there may be one connection more; None if there is none."""
@@ -332,6 +338,10 @@ class Server(ThreadingHTTPServer):
             _, kind = self._open.pop(thread)
             self._numbers[kind] -= 1
             self._changed.notify_all()
+            empties = self._full and self._numbers[CLIENT] < ROOM * self._clients_max
+            self._full = self._full and not empties
+        if empties:
+            log.info("clients are served again: there is room below --max-connections")
 
     def connections(self):
         """Return {kind: number of open connections}."""

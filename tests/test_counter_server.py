@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import random
 import select
 import socket
@@ -1073,6 +1074,32 @@ def test_one_client_too_many_is_sent_away(full, connect):
     assert [client.count("default") for client in clients] == [0, 0]
     clients[0].close()
     wait_until(lambda: connect(node).ask("GET", "/count").status == 200)
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+def test_who_watches_a_full_node_is_answered(full, connect, path):
+    """Whoever restarts what does not answer must not restart all nodes because they have many clients."""
+    node, _ = full
+    watcher = connect(node)
+    watcher.send(request("GET", path))
+    assert watcher.read().status == 200
+    assert watcher.is_over()
+
+
+def test_a_full_node_logs_it_once_and_so_when_there_is_room_again(full, connect, caplog):
+    caplog.set_level(logging.INFO, "counter.serving")
+    node, clients = full
+
+    def lines():
+        return [record.getMessage().partition(":")[0] for record in caplog.records]
+
+    for _ in range(3):
+        surplus = connect(node)
+        surplus.send(request("GET", "/count"))
+        closes_with(surplus, 503)
+    assert lines() == ["clients are sent away"]
+    clients[0].close()
+    wait_until(lambda: lines() == ["clients are sent away", "clients are served again"])
 
 
 def test_a_peer_is_served_however_many_clients_there_are(full, connect):

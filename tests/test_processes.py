@@ -394,12 +394,13 @@ def test_a_node_asked_to_stop_waits_for_a_lost_peer_that_lacks_something(wire, s
 
 
 def test_a_second_signal_ends_a_node_that_still_hands_over(start_cluster):
-    """A node that waits for a hanging peer while stopping ends at once when it is told a second time."""
+    """One that waits for a hanging peer while stopping is alive, not ready, and ends at once when told again."""
     node, hanging = start_cluster(2, "--drain-timeout", "600", "--peer-timeout", "600")
     hanging.send_signal(signal.SIGSTOP)
     node.increment()
     node.send_signal(signal.SIGTERM)
-    wait_until(lambda: "stopping: signal=SIGTERM" in node.stderr())
+    wait_until(lambda: node.ask("GET", "/readyz").status == 503)
+    assert node.ask("GET", "/healthz").status == 200
     assert node.process.poll() is None
     node.send_signal(signal.SIGINT)
     assert node.process.wait(15) == -signal.SIGINT
