@@ -140,16 +140,18 @@ def render(node, version, now):
          [("", {"kind": kind}, number) for kind, number in node.server.connections().items()]),
         ("counter_peers", "gauge", "Peers, by state.",
          [("", {"state": state}, states.count(state)) for state in ("active", "lost")]),
-        ("counter_peer_unconfirmed_increments", "gauge", "Increments held here that a peer has yet to confirm.",
-         [("", {"address": address}, number)  # a dictionary: a series that is there twice voids a scrape
-          for address, number in {address: unconfirmed.get(address, 0) for _, address, _, _ in peers}.items()]),
+        ("counter_peer_unconfirmed_increments", "gauge",
+         "Increments that a peer has yet to confirm, of those accepted here or by nodes that are gone.",
+         # Of the addresses a set: a series that is there twice voids a scrape.
+         [("", {"address": address}, unconfirmed[address])
+          for address in sorted({address for _, address, _, _ in peers} & unconfirmed.keys())]),
         ("counter_gossip_messages_sent_total", "counter", "Messages sent to peers, heartbeats included.",
          [("", {}, said["messages"])]),
         ("counter_gossip_messages_failed_total", "counter", "Messages to peers that got no good answer.",
          [("", {}, said["messages_failed"])]),
         ("counter_gossip_retries_total", "counter", "Messages to peers where the one before had failed.",
          [("", {}, said["retries"])]),
-        ("counter_deltas_sent_total", "counter", "Deltas in messages sent to peers.", [("", {}, said["deltas"])]),
+        ("counter_deltas_sent_total", "counter", "Deltas sent to peers, in messages and in answers.", [("", {}, said["deltas"])]),
         ("counter_deltas_failed_total", "counter", "Deltas in messages to peers that got no good answer.",
          [("", {}, said["deltas_failed"])]),
         ("counter_gossip_sent_bytes_total", "counter", "Bytes sent to peers, without HTTP heads.",

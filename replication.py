@@ -574,13 +574,18 @@ class Gossip:
     # What others ask.
 
     def unconfirmed(self):
-        """Return {address: number of increments held here that it has yet to confirm}."""
-        mine = self._counter.vector()
+        """Return {address: number of increments it has yet to confirm}, of all that have confirmed any.
+
+        Those that this node has to see to: its own, and those of nodes that are gone.  What active
+        nodes count they push themselves; that it arrived this node hears later, from a heartbeat.
+        """
+        mine, active = self._counter.vector(), {id for id, _ in self._table.active()}
+        owed = [(replica, sequence) for replica, sequence in mine.items() if replica not in active]
         with self._lock:
-            links = [(link.address, link.peer, link.confirmed or {}) for link in self._links.values()]
+            links = [(link.address, link.peer, link.confirmed) for link in self._links.values()]
         return {
-            address: sum(max(0, mine[replica] - confirmed.get(replica, 0)) for replica in mine if replica != peer)
-            for address, peer, confirmed in links
+            address: sum(max(0, sequence - confirmed.get(replica, 0)) for replica, sequence in owed if replica != peer)
+            for address, peer, confirmed in links if confirmed is not None
         }
 
     def wait_for_acks(self, replica, sequence, wanted, clock, timeout_s):

@@ -718,6 +718,22 @@ def test_links_to_the_many_that_are_not_pushed_to_are_closed_when_idle():
     assert len(node.gossip.unconfirmed()) == 2
 
 
+def test_unconfirmed_is_what_this_node_has_to_see_to():
+    """What active nodes count they push themselves; once one is gone, this node owes it to the others."""
+    node = Half()
+    node.meet(AT_A, A)
+    node.meet(AT_B, B)
+    node.gossip.contact(["10.0.0.9:80"], 0.0)  # which has never said what it holds
+    node.counter.merge(Delta(A, 0, 2, {"x": (2, 2)}), 0.0)
+    node.counter.increment("x")
+    assert node.gossip.unconfirmed() == {AT_A: 1, AT_B: 1}
+    for now in range(1, 8):
+        node.table.heard(Sender(B, AT_B, now + 1, False), NOBODY, float(now))
+        node.table.sweep(float(now))
+    assert [id for id, _ in node.table.active()] == [B]
+    assert node.gossip.unconfirmed() == {AT_A: 1, AT_B: 3}
+
+
 def test_whom_to_push_to_changes_where_there_are_more():
     """All join through one seed; it is not to get every increment at once for ever."""
     node, told = Half(pushed_to=2), set()
