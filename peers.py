@@ -16,6 +16,7 @@ that grows with log N to go round, so the allowed silence grows with it, and who
 half of that is asked directly before it is given up.  benchmarks/simulate.py measures all this.
 """
 
+import functools
 import ipaddress
 import itertools
 import logging
@@ -51,6 +52,7 @@ Sweep = namedtuple("Sweep", "contact seeds changes")  # addresses, names to reso
 Change = namedtuple("Change", "what id address")
 
 
+@functools.lru_cache(4096)  # a large cluster's messages repeat some hundred of them, again and again
 def parse_address(text):
     """Return `HOST:PORT` or `[IPv6]:PORT` in its one normal spelling; ValueError if it is neither."""
     host, colon, port = text.strip().rpartition(":")
