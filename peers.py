@@ -40,7 +40,7 @@ GONE_MAX = 4096  # ids remembered so that late rumours of them revive nobody
 # peers have not been heard of for 4 s with 192; with 128 there are ten times as many, and some are removed.
 VIEW_MAX = 192
 MET_MAX = 32  # of these, peers met directly: what is known of them is new to most
-PATIENCE = 2.7  # intervals of allowed silence per power of ten of the cluster's size, beyond the fan-out
+PATIENCE = 3.0  # intervals of allowed silence per power of ten of the cluster's size, beyond the fan-out
 LEFT_NEWS_TIMEOUTS = 10  # how long a departure is passed on, in peer timeouts
 NEVER = float("inf")
 
@@ -163,9 +163,9 @@ class PeerTable:
             self._address = self._address or address
 
     def rename(self, replica):
-        """Take on a new replica id; the old one is nobody's peer."""
+        """Take on a new replica id; the old one may be that of another node, which goes on under it."""
         with self._lock:
-            self._forget_locked(self._id, NEVER)
+            self._forget_locked(self._id, self._beat)
             self._id = replica
 
     def leave(self):
@@ -291,8 +291,12 @@ class PeerTable:
         return addresses[: max(1, self._fanout - probes)]
 
     def _probes_locked(self, now):
-        """Return the addresses of lost and rumoured peers whose turn it is, newest news first."""
-        waiting = sorted(self._others_locked(), key=lambda peer: -peer.heard)
+        """Return the addresses of lost and rumoured peers whose turn it is.
+
+        Who has waited longest comes first, or the dead, if they are many, could keep the living from
+        ever being tried; of those never tried, who was heard of last.
+        """
+        waiting = sorted(self._others_locked(), key=lambda peer: (peer.probe.at, -peer.heard))
         # In a large cluster what others probe is enough, once there are others.
         most = max(1, self._fanout - len(self._roll)) if self._large_locked() else self._fanout
         due = []
