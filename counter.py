@@ -286,7 +286,8 @@ class Counter:
             if sequence <= after:
                 break
             digest, name, amount, at = accepted[sequence]
-            keys.append((sequence, digest, name, amount, round(now - at, 3)))
+            age_s = max(0.0, round(now - at, 3))  # `now` may have been read before the key was accepted
+            keys.append((sequence, digest, name, amount, age_s))
         requires = self._requires.get(replica, ())
         return Delta(replica, after, self._applied[replica], totals, tuple(keys[::-1]), requires)
 
@@ -330,7 +331,13 @@ class Counter:
     def _see_key_locked(self, digest, dot, now):
         """Take note that a key came with this dot; of two dots of one key, cancel the larger."""
         known = self._dot_of.setdefault(digest, dot)
-        if known != dot:
+        if known == dot:
+            return
+        (_, _, _, before), (_, _, _, at) = (self._accepted[replica][sequence] for replica, sequence in (known, dot))
+        if abs(at - before) > self._key_window_s:
+            # Used anew after its time, and here it has not been forgotten yet.
+            self._dot_of[digest] = dot if at > before else known
+        else:
             smaller, larger = sorted((known, dot))
             self._dot_of[digest] = smaller
             _, name, amount, _ = self._accepted[larger[0]][larger[1]]

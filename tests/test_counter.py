@@ -291,6 +291,20 @@ def test_a_key_taken_by_two_nodes_counts_once_when_they_meet():
     assert second.increment_once("k", "x", 5, now=0) == (A, 1, 5, True)
 
 
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_a_key_used_anew_after_its_window_counts_anew_everywhere(order):
+    """Also where the first use has not been forgotten yet, and in whatever order both arrive."""
+    first, second, third = Counter(A, key_window_s=60), Counter(B, key_window_s=60), Counter(C, key_window_s=60)
+    first.increment_once("k", "x", 1, now=0)
+    assert not second.increment_once("k", "x", 1, now=60.5)[3]
+    deltas = {1: first.delta(A, 0, 60), 2: second.delta(B, 0, 60.5)}
+    for number in order:
+        third.merge(deltas[number], now=60 if number == 1 else 60.5)
+    assert third.value("x") == 2
+    assert third.vector() == {A: 1, B: 1}
+    assert third.increment_once("k", "x", 1, now=61)[:2] == (B, 1)
+
+
 def test_a_cancellation_waits_for_both_dots_it_speaks_of():
     """Otherwise it could outlive them: their nodes may die before anybody else has heard of them."""
     first, second, third = Counter(A), Counter(B), Counter(C)
