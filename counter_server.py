@@ -313,7 +313,7 @@ class Api:
     def _counts(self, head):
         query = http1.parse_query(head.query, ("prefix", "start", "limit"))
         prefix, limit = query.get("prefix", ""), query.get("limit", "100")
-        start = _name(query["start"]) if "start" in query else ""
+        start = _checked_name(query["start"]) if "start" in query else ""
         if not _PREFIX.match(prefix):
             raise Refused(400, "a prefix is up to 128 of A-Z a-z 0-9 . _ : -")
         if not re.fullmatch("[1-9][0-9]{0,3}", limit) or int(limit) > COUNTS_MAX:
@@ -455,7 +455,10 @@ def _no_content(allowed, _body, _connection):
 
 
 def _name(text):
-    name = http1.decode_component(text)
+    return _checked_name(http1.decode_component(text))
+
+
+def _checked_name(name):
     if not NAME.match(name):
         raise Refused(400, "a counter's name is 1 to 128 of A-Z a-z 0-9 . _ : - and neither . nor ..")
     return name
@@ -541,7 +544,7 @@ def parse_arguments(arguments):
     trust = parser.add_argument_group("trust").add_argument
     trust("--secret-file", dest="secret", type=_secret, default=b"", metavar="FILE",
           help="sign all messages between nodes with the secret in this file")  # fmt: skip
-    trust("--cluster", default="counter", metavar="NAME", help="nodes of another cluster are not talked to")
+    trust("--cluster", type=_text, default="counter", metavar="NAME", help="nodes of another cluster are not talked to")
     trust("--insecure", action="store_true", help="listen beyond loopback without a secret")
     limits = parser.add_argument_group("limits").add_argument
     limits("--max-counters", type=_integer(1, 10**6), default=100_000, metavar="N", help="counters created here")
@@ -583,6 +586,14 @@ def _is_loopback(host, parser):
     except (OSError, ValueError) as error:
         parser.error(f"argument --host: {host}: {error}")
     return all(ipaddress.ip_address(info[4][0].partition("%")[0]).is_loopback for info in found)
+
+
+def _text(text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("it is not in the encoding of this system") from None
+    return text
 
 
 def _secret(path):

@@ -481,7 +481,8 @@ class Gossip:
             # own node tells the peer.  Without news the next heartbeat is soon enough.
             link.compare = link.compare or lacks(mine, confirmed) or lacks(confirmed, request.applied)
         # Asked of the counter anew: `mine` may be older than the latest touch().  This look-up
-        # takes no lock.
+        # takes no lock.  Whoever counts after it has to touch again, as the link may not stay due.
+        self.touched = False
         unpushed = confirmed is not None and self._counter.holds(replica, confirmed.get(replica, 0) + 1)
         if link.compare or (unpushed and link in self._pushed):
             self._schedule_push_locked(link, now)

@@ -185,9 +185,12 @@ class Connection(socketserver.BaseRequestHandler):
         return received[: head.length]
 
     def _receive_by(self, deadline, complaint):
-        """Read some more of a request that has begun; Refused if nothing comes by the deadline."""
+        """Read some more of a request that has begun; Refused if it is not there by the deadline."""
+        left_s = deadline - time.monotonic()
         try:
-            if not self._receive(max(0.001, deadline - time.monotonic())):
+            if left_s <= 0:  # some may always be there, of what trickles in without end
+                raise BlockingIOError
+            if not self._receive(left_s):
                 raise ConnectionAbortedError  # hung up half way: there is nobody to answer
         except BlockingIOError:
             raise Refused(408, complaint, close=True) from None

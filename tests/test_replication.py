@@ -178,6 +178,15 @@ def test_equal_vectors_have_equal_hashes():
     assert vector_hash({A: 1, B: 2}) != vector_hash({A: 2, B: 1})
 
 
+def test_a_key_accepted_while_an_answer_is_made_does_not_spoil_it():
+    """The time of a message is read before its deltas are cut, and the key may be a little younger."""
+    node = Half()
+    node.counter.increment_once("k", "x", 1, now=100.001)
+    message = Message(A_SENDS, NOBODY, {}, None, None, [])
+    ((_, _, _, _, age_s),) = decode(encode(node.gossip.receive(message, 100.0))).deltas[0].keys
+    assert age_s == 0
+
+
 def test_lacking_is_to_hold_less_of_any_replica():
     assert not lacks({A: 2}, {A: 2})
     assert not lacks({A: 2, B: 1}, {A: 1})
@@ -238,6 +247,22 @@ def test_a_push_that_another_send_made_needless_is_not_sent():
     node.gossip.touch(1.0)
     node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.0)
     assert node.gossip.next_due(1.0) == replication.NEVER
+
+
+def test_a_push_that_was_made_needless_leaves_the_next_increment_its_own():
+    node = Half()
+    link = node.meet()
+    node.counter.increment("x")
+    node.gossip.touch(1.0)
+    node.gossip.take(1.0)
+    node.counter.increment("x")
+    request = node.gossip.request(link, 1.0)
+    node.gossip.touch(1.0)  # for the second, which the request has already
+    node.gossip.answered(link, request, answer(confirms={ME: 2}), 1.0)
+    node.counter.increment("x")
+    assert not node.gossip.touched  # or nobody would call the next
+    node.gossip.touch(2.0)
+    assert node.gossip.take(2.0) is link
 
 
 def test_a_failed_send_is_tried_again_later_and_later():
