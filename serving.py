@@ -33,6 +33,10 @@ RECEIVE_SIZE = 65536
 BODY_MAX = 64 * 1024  # bytes of a public request's body
 HEAD_TIMEOUT_S = 10.0  # for a whole head, however slowly it trickles in
 BODY_TIMEOUT_S = 30.0
+# Whether a message is a peer's shows only once all of it is there.  So that nobody else fills the
+# memory, large ones are read a few at a time; only those that bring a joiner very much are that large.
+LARGE = 4 * 2**20  # bytes of a body
+LARGE_AT_ONCE = 4
 IDLE_TIMEOUT_S = 60.0
 SEND_TIMEOUT_S = 30.0
 CLIENT, PEER, RESERVED = "client", "peer", "reserved"  # kinds of connections
@@ -138,10 +142,11 @@ class Connection(socketserver.BaseRequestHandler):
             if self.kind == RESERVED and head.path not in self.server.api.vital_paths:
                 reason = "this node is stopping" if self.server.stopping else "all connections are taken"
                 raise Refused(503, f"{reason}; try again later", [("Retry-After", "1")], close=True)
-            body = self._read_body(head)
-            self._began = time.perf_counter()  # what came before was the client's time
-            action = self.server.api.action(head)
-            response, close = action(body, self), False
+            with self._room_for(head):
+                body = self._read_body(head)
+                self._began = time.perf_counter()  # what came before was the client's time
+                action = self.server.api.action(head)
+                response, close = action(body, self), False
         except Refused as refused:
             response, close, action = refused.response(), refused.close, None
         if head is None:
@@ -166,6 +171,10 @@ class Connection(socketserver.BaseRequestHandler):
         head = http1.parse_head(raw)
         self._received = rest
         return head, raw
+
+    def _room_for(self, head):
+        is_large = head.path == PEER_PATH and LARGE < head.length <= MESSAGE_MAX
+        return self.server.large_messages if is_large else contextlib.nullcontext()
 
     def _read_body(self, head):
         size_max = MESSAGE_MAX if head.path == PEER_PATH else BODY_MAX
@@ -239,6 +248,7 @@ class Server(ThreadingHTTPServer):
         self.api = api
         self.stopping = False
         self.requests = metrics.Requests()
+        self.large_messages = threading.BoundedSemaphore(LARGE_AT_ONCE)
         self._clients_max = config.max_connections
         # Guards the three below.  Held for dictionary work only, never together with another.
         # Who waits on it waits for the end of a connection.

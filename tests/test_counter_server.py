@@ -1141,6 +1141,22 @@ def test_a_peer_is_served_however_many_clients_there_are(full, connect):
     closes_with(third, 503)
 
 
+def test_large_messages_are_read_a_few_at_a_time(start_local, connect, monkeypatch):
+    """Whoever only says that one is coming makes other large ones wait, but no small one."""
+    monkeypatch.setattr(serving, "LARGE", 1000)
+    monkeypatch.setattr(serving, "LARGE_AT_ONCE", 1)
+    node = start_local()
+    liar, large, small = connect(node), connect(node), connect(node)
+    liar.send(request("POST", replication.PATH, "Content-Length: 1001") + b"x")
+    wait_until(lambda: not node.server.large_messages.acquire(blocking=False) or node.server.large_messages.release())
+    large.send(gossip_request(node, Delta(new_replica(), 0, 50, {f"{'x' * 20}{i}": (i, 1) for i in range(1, 51)})))
+    small.send(gossip_request(node))
+    assert small.read().status == 200
+    assert not select.select([large.socket], [], [], 0)[0]
+    liar.close()
+    assert large.read().status == 200
+
+
 def test_a_peer_that_came_as_a_client_makes_room_for_one(full, connect):
     """Once it has shown what it is, its place is free."""
     node, clients = full
