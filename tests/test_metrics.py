@@ -238,3 +238,12 @@ def test_a_cluster_tells_of_its_peers(start_cluster):
     assert found[("counter_deltas_sent_total",)] >= 2
     assert found[("counter_gossip_messages_sent_total",)] > found[("counter_gossip_messages_failed_total",)] > 0
     assert found[("counter_gossip_sent_bytes_total",)] > 100 < found[("counter_gossip_received_bytes_total",)]
+
+
+def test_what_a_joiner_is_told_counts_as_sent(start_node):
+    """It asks, and gets everything with the answer."""
+    one = start_node()
+    one.increment()
+    two = start_node(peers=[one])
+    wait_until(lambda: two.count() == 1)
+    assert samples(one.ask("GET", "/metrics").body.decode())[("counter_deltas_sent_total",)] >= 1
