@@ -74,7 +74,8 @@ def run(options):
     for (where, counters), rounds in sorted(figures.items()):
         p50_ms, p99_ms = map(statistics.median, zip(*rounds, strict=True))
         print(
-            f"{options.nodes} nodes, {counters:>7,} counters, GET at {where:9}: p50 {p50_ms:.2f} ms, p99 {p99_ms:.2f} ms"
+            f"{options.nodes} nodes, {counters:>7,} counters, GET at {where:9}: "
+            f"p50 {p50_ms:.2f} ms, p99 {p99_ms:.2f} ms"
         )
     print(
         f"a node joins, {options.counters:,} counters: p99 {percentile(joining, 0.99) * 1e3:.1f} ms, "

@@ -310,8 +310,8 @@ def test_nobody_is_asked_while_nobody_looks(page, start_node):
 def test_nothing_is_cut_and_nothing_overlaps(page, start_node, size, scheme):
     """On a phone and on a desk, in light and dark, with names and counts as long as they get."""
     node = start_node()
-    for address in ("counter-0.counter-nodes.default.svc.cluster.local:8080", "[2001:db8:1234:5678:9abc:def0:1234:5678]:8080"):
-        start_node("--advertise", address, peers=[node])
+    for host in ("counter-0.counter-nodes.default.svc.cluster.local", "[2001:db8:1234:5678:9abc:def0:1234:5678]"):
+        start_node("--advertise", f"{host}:8080", peers=[node])
     for name in ["W" * 128] * 120 + [f"checkout.completed.{i}" for i in range(20)]:
         node.increment(f"/increment/{name}?amount=-9007199254740991")
     page.resize(*size, scheme)
