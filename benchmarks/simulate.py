@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How the cluster behaves as it grows: N real nodes without sockets and threads, on a virtual clock.
 
-    python benchmarks/simulate.py --nodes 10 100 1000 --seeds 5 --save docs/scale.json --plot docs/scale.svg
+    python benchmarks/simulate.py --nodes 10 100 1000 --seeds 1 2 3 --save docs/scale.json --plot docs/scale.svg
 
 Every node is the real Counter, PeerTable and Gossip; tests/simulation.py carries their messages, and
 everything random comes from the seed.  A run goes through the life of a cluster: a cold start through
