@@ -233,7 +233,7 @@ def converge(nodes, before, load):
 
         wait_until(same, "all nodes show all increments")
         when = time.monotonic()
-        time.sleep(SETTLE_S)
+        time.sleep(SETTLE_S)  # a time in which nothing may change
         count, *others = counts()
         if any(other != count for other in others):
             raise Failed(f"the nodes differ again: {count}, {others}")
@@ -295,7 +295,7 @@ def measure_lag(options):
     rng, lags_s = random.Random(1), []
     with cluster(3) as nodes:
         cpu_s, started = sum(node.cpu_s() for node in nodes), time.monotonic()
-        time.sleep(options.seconds)
+        time.sleep(options.seconds)  # the CPU used in it is what is measured
         cpu_s = sum(node.cpu_s() for node in nodes) - cpu_s
         yield "idle_cpu_percent", cpu_s / len(nodes) / (time.monotonic() - started) * 100
         with connect(nodes[0].port) as writer, connect(nodes[2].port) as reader:

@@ -28,7 +28,7 @@ def count_at(port, counters, per_s):
         while True:
             ask(sock, f"POST /increment/counter-{rng.randrange(counters)}")
             due = max(due + 1 / per_s, time.monotonic() - 0.1)
-            time.sleep(max(0.0, due - time.monotonic()))
+            time.sleep(max(0.0, due - time.monotonic()))  # keeps the rate
 
 
 def read_s(port, counters, seconds):
@@ -39,7 +39,7 @@ def read_s(port, counters, seconds):
             started = time.monotonic()
             ask(sock, f"GET /count/counter-{rng.randrange(counters)}")
             took_s.append(time.monotonic() - started)
-            time.sleep(0.001)
+            time.sleep(0.001)  # a reader, not a flood
     return sorted(took_s)
 
 

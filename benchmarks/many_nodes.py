@@ -49,7 +49,7 @@ def run(options):
         seconds = took_s(lambda: all_active(socks), "all see all", 60)
         print(f"all see all {seconds:.1f} s later", flush=True)
         cpu_s, idle_from = [node.cpu_s() for node in nodes], time.monotonic()
-        time.sleep(5)
+        time.sleep(5)  # the CPU used in it is what is measured
         idle_s = time.monotonic() - idle_from
         used = sorted((node.cpu_s() - before) / idle_s * 100 for node, before in zip(nodes, cpu_s, strict=True))
         print(

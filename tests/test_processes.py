@@ -399,6 +399,7 @@ def test_a_second_signal_ends_a_node_that_still_hands_over(start_cluster):
     hanging.send_signal(signal.SIGSTOP)
     node.increment()
     node.send_signal(signal.SIGTERM)
+    wait_until(lambda: "stopping: signal=SIGTERM" in node.stderr())
     wait_until(lambda: node.ask("GET", "/readyz").status == 503)
     assert node.ask("GET", "/healthz").status == 200
     assert node.process.poll() is None
