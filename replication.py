@@ -78,12 +78,12 @@ def backoff_s(failures, base_s, max_s, rng=random):
 class Signer:
     """Proves that a message comes from a node of this cluster, and as it was sent.
 
-    With a secret only its holders can make one; without, the cluster's name keeps apart
-    clusters that reach each other by mistake.  Source: RFC 2104 (HMAC).
+    With a secret, which may be empty, only its holders can make one; the cluster's name keeps
+    apart clusters that reach each other by mistake.  Source: RFC 2104 (HMAC).
     """
 
     def __init__(self, secret, cluster):
-        self._key = secret or hashlib.sha256(f"counter cluster {cluster}".encode()).digest()
+        self._key = hmac.digest(secret, f"counter cluster {cluster}".encode(), "sha256")
 
     def request(self, body):
         """Return the signature of a request, as text."""

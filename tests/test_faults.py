@@ -229,11 +229,16 @@ def test_nodes_with_the_same_secret_form_a_cluster(start_cluster, secret_file):
     wait_until(lambda: second.count() == 1)
 
 
-@pytest.mark.parametrize("of_the_other", [["--cluster", "other"], ["--secret-file", "SECRET"]])
-def test_nodes_of_another_cluster_or_secret_are_not_talked_to(start_node, secret_file, of_the_other):
-    """Both say why in their logs, and neither takes over anything."""
-    first = start_node()
-    other = start_node(*(secret_file if argument == "SECRET" else argument for argument in of_the_other), peers=[first])
+@pytest.mark.parametrize(
+    ("of_the_first", "of_the_other"),
+    [("", "--cluster other"), ("", "--secret-file SECRET"),
+     ("--secret-file SECRET --cluster a", "--secret-file SECRET --cluster b")],
+)  # fmt: skip
+def test_nodes_of_another_cluster_or_secret_are_not_talked_to(start_node, secret_file, of_the_first, of_the_other):
+    """It says why in its log, and neither takes over anything."""
+    first, other = (given.replace("SECRET", str(secret_file)).split() for given in (of_the_first, of_the_other))
+    first = start_node(*first)
+    other = start_node(*other, peers=[first])
     other.increment()
     wait_until(lambda: "the signature is wrong" in other.stderr())
     assert (first.count(), first.peers(), other.peers()) == (0, set(), set())
