@@ -22,8 +22,10 @@ import re
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+
+import urllib3
 
 import dashboard
 import http1
@@ -41,10 +43,10 @@ from counter import (
     new_replica,
     parse_increment_id,
 )
-from http1 import Refused
+from http1 import Refused, unavailable
 from peers import Heartbeat, PeerTable, join_address, parse_address
 from replication import Gossip, Replicator, Signer, same_signature
-from serving import Server
+from serving import STOPPING, Server, provide_descriptors
 
 __version__ = "1.0.0"
 
@@ -52,12 +54,16 @@ log = logging.getLogger("counter.server")
 
 COUNTS_MAX = 1000  # counters in one answer
 WAIT_DEFAULT_S, WAIT_MAX_S = 5.0, 60.0  # of ?timeout=
+URLLIB3_LEAST = (2, 2)
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 STOP_S = 2.0  # for each kind of threads to end when the node stops
 
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,18})\Z", re.ASCII)
 _SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9})?\Z", re.ASCII)
 _PREFIX = re.compile(r"[A-Za-z0-9._:-]{0,128}\Z")
+_ORIGIN = re.compile(
+    r"(?!https://.*:443\Z|http://.*:80\Z)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?\Z"
+)
 _KEY = re.compile(r"[\x21-\x7e]{1,255}\Z")
 _UUID7 = re.compile(r"([0-9a-f]{8})-([0-9a-f]{4})-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z", re.IGNORECASE)
 
@@ -305,6 +311,8 @@ class Api:
 
         def count(_body, _connection):
             if dot and not counter.wait_until_held(*dot, timeout_s):
+                if self._node.server.stopping:
+                    raise unavailable(STOPPING)
                 raise Refused(504, "that increment has not arrived here within the timeout; try again")
             return http1.ok(f'{{"name": "{name}", "count": {counter.value(name)}}}\n')
 
@@ -361,10 +369,10 @@ class Api:
 
     def _readiness(self, _body, _connection):
         if self._node.server.stopping:
-            raise Refused(503, "this node is stopping", [("Retry-After", "1")])
+            raise unavailable(STOPPING)
         ready, alone = self._node.readiness()
         if not ready:
-            raise Refused(503, "this node has not yet caught up with any of its peers", [("Retry-After", "1")])
+            raise unavailable("this node has not yet caught up with any of its peers")
         return _json({"status": "ready", "alone": alone})
 
     def _metrics(self, head):
@@ -539,7 +547,7 @@ def parse_arguments(arguments):
     listen("--host", default="127.0.0.1", help="address to listen on")
     listen("--advertise", type=_address, metavar="HOST:PORT", help="what peers are told to connect to")
     listen("--max-connections", type=_integer(1, 100_000), default=512, metavar="N", help="clients served at once")
-    listen("--cors-origin", action="append", default=[], metavar="ORIGIN",
+    listen("--cors-origin", type=_origin, action="append", default=[], metavar="ORIGIN",
            help="let web pages of this origin use this node; repeatable, * is any")  # fmt: skip
     trust = parser.add_argument_group("trust").add_argument
     trust("--secret-file", dest="secret", type=_secret, default=b"", metavar="FILE",
@@ -586,6 +594,12 @@ def _is_loopback(host, parser):
     except (OSError, ValueError) as error:
         parser.error(f"argument --host: {host}: {error}")
     return all(ipaddress.ip_address(info[4][0].partition("%")[0]).is_loopback for info in found)
+
+
+def _origin(text):
+    if text not in ("*", "null") and not _ORIGIN.match(text.lower()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an origin as browsers send it, such as https://example.org")
+    return text.lower()
 
 
 def _text(text):
@@ -642,7 +656,19 @@ def _addresses(text):
 def main(arguments=None):
     """Run a node until SIGINT or SIGTERM; return the exit status."""
     config = parse_arguments(arguments)
+    if tuple(map(int, urllib3.__version__.split(".")[:2])) < URLLIB3_LEAST:  # all sending would fail
+        print(
+            f"counter_server.py: urllib3 {urllib3.__version__} is too old; pip install -U requests urllib3",
+            file=sys.stderr,
+        )
+        return 1
     logs.set_up(config.log_level, config.log_format)
+    clients_max = provide_descriptors(config.max_connections)
+    if clients_max < config.max_connections:
+        log.warning(
+            "fewer clients are served: the limit of open files is too low for --max-connections, max=%d", clients_max
+        )
+        config = replace(config, max_connections=clients_max)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler prints a traceback
     # Blocked here and so in every thread to come, a signal waits for sigwait(), whatever runs.
     # With handlers instead the kernel may pick any thread, and the main thread may sleep on.

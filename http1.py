@@ -46,6 +46,11 @@ class Refused(Exception):
         return response(self.status, body.encode(), "application/problem+json", self.headers)
 
 
+def unavailable(detail, close=False):
+    """Return the 503 for a request that a later try or another node may serve."""
+    return Refused(503, detail, [("Retry-After", "1")], close)
+
+
 def parse_head(head):
     """Return the Head of a request from its bytes, without the empty line; Refused if it is not good."""
     lines = head.split(b"\r\n")

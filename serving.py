@@ -12,7 +12,9 @@ import contextlib
 import ipaddress
 import itertools
 import logging
+import math
 import random
+import resource
 import socket
 import socketserver
 import struct
@@ -22,7 +24,7 @@ from http.server import ThreadingHTTPServer
 
 import http1
 import metrics
-from http1 import Refused
+from http1 import Refused, unavailable
 from replication import BODY_MAX as MESSAGE_MAX
 from replication import PATH as PEER_PATH
 
@@ -42,9 +44,13 @@ SEND_TIMEOUT_S = 30.0
 CLIENT, PEER, RESERVED = "client", "peer", "reserved"  # kinds of connections
 RESERVE_MAX = 64  # connections read beyond --max-connections, to find the peers among them
 RESERVE_TIMEOUT_S = 2.0  # for each part of the request by which such a connection shows to be a peer's
+# File descriptors for all else: connections in reserve, from peers and to them, and a few files.
+DESCRIPTORS_BESIDE = 256
 ROOM = 0.9  # of --max-connections: with fewer there is room again, which is logged
 LINGER_S = 1.0  # for a client to read the last response
 STOP_S = 2.0  # for requests in flight when the server stops
+COMPLAINT_INTERVAL_S = 60.0  # between two lines in the log that say the same
+STOPPING = "this node is stopping; try another"
 
 
 class Connection(socketserver.BaseRequestHandler):
@@ -89,21 +95,21 @@ class Connection(socketserver.BaseRequestHandler):
             received = self._received
             response, keep_alive, action = self._answer_next()
             tally = self._tally.of(self._route)
-            number = tally.count(response, time.perf_counter() - self._began)
+            tally.count(response, time.perf_counter() - self._began)
             if not keep_alive or self._is_to_end():
                 self._close_with(response)
                 return
             self.request.sendall(response)
             if action:
-                self._serve_repeated(received, action, tally, number)
+                self._serve_repeated(received, action, tally)
 
-    def _serve_repeated(self, request, action, tally, number):
+    def _serve_repeated(self, request, action, tally):
         """Answer a request without a body for as long as the client sends just these bytes again.
 
-        Most clients do: their head is always the same.  This is the hot path, so requests are
-        counted where the first one was, `number` in `tally`, and only some of them are timed.
+        Most clients do: their head is always the same.  This is the hot path, so where to count a
+        status is looked up when it changes only, and only some of the requests are timed.
         """
-        untimed = self._untimed
+        untimed, status = self._untimed, None
         self._set_receive_timeout(IDLE_TIMEOUT_S)
         receive, send = self.request.recv, self.request.sendall
         while True:
@@ -114,10 +120,11 @@ class Connection(socketserver.BaseRequestHandler):
             began = None if untimed else time.perf_counter()
             try:
                 response = action(b"", self)
-                number[0] += 1
             except Refused as refused:
                 response = refused.response()
-                tally.number(response)[0] += 1
+            if response[9:12] != status:
+                status, number = response[9:12], tally.number(response)
+            number[0] += 1
             untimed -= 1
             if began:
                 tally.observe(time.perf_counter() - began, metrics.TIMED_ONE_IN)
@@ -130,18 +137,16 @@ class Connection(socketserver.BaseRequestHandler):
     def _answer_next(self):
         """Read a request; return (response, keep alive, action).
 
-        The action is None where calling it again is not all it takes to answer the same bytes, or
-        could answer with another status.
+        The action is None where calling it again is not all it takes to answer the same bytes.
         """
         received, head, action = self._received, None, None
         self._route, self._began = metrics.OTHER, time.perf_counter()
         try:
             head, raw = self._read_head()
             self._route = self.server.api.route_of(head.path)
-            repeats = received == raw + b"\r\n\r\n" and not head.length and "acks" not in head.query
+            repeats = received == raw + b"\r\n\r\n" and not head.length
             if self.kind == RESERVED and head.path not in self.server.api.vital_paths:
-                reason = "this node is stopping" if self.server.stopping else "all connections are taken"
-                raise Refused(503, f"{reason}; try again later", [("Retry-After", "1")], close=True)
+                raise unavailable(STOPPING if self.server.stopping else "all connections are taken; try again later")
             with self._room_for(head):
                 body = self._read_body(head)
                 self._began = time.perf_counter()  # what came before was the client's time
@@ -200,6 +205,8 @@ class Connection(socketserver.BaseRequestHandler):
             if left_s <= 0:  # some may always be there, of what trickles in without end
                 raise BlockingIOError
             if not self._receive(left_s):
+                if self.server.stopping:  # and so it is this node that receives no more
+                    raise unavailable(STOPPING, close=True)
                 raise ConnectionAbortedError  # hung up half way: there is nobody to answer
         except BlockingIOError:
             raise Refused(408, complaint, close=True) from None
@@ -230,6 +237,21 @@ class Connection(socketserver.BaseRequestHandler):
             self._received = b""
 
 
+def provide_descriptors(clients_max):
+    """Let this process open as many files as it may; return how many clients, at most that many, it can serve then.
+
+    The soft limit is low for the sake of programs that use select(), which nothing here does.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return clients_max
+    raised = max(soft, clients_max + DESCRIPTORS_BESIDE) if hard == resource.RLIM_INFINITY else hard
+    with contextlib.suppress(OSError, ValueError):  # macOS allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+        soft = raised
+    return min(clients_max, max(1, soft - DESCRIPTORS_BESIDE))
+
+
 def _timeval(seconds):
     return struct.pack("@ll", *divmod(max(1, int(seconds * 1e6)), 1_000_000))  # 0 would be for ever
 
@@ -256,7 +278,9 @@ class Server(ThreadingHTTPServer):
         self._open = {}  # thread -> (socket, kind of the connection it serves)
         self._numbers = {CLIENT: 0, PEER: 0, RESERVED: 0}  # of open connections
         self._full = False  # clients are sent away, which was logged
-        self._serial = itertools.count(1)  # used by the accepting thread alone
+        # Used by the accepting thread alone, both of them.
+        self._serial = itertools.count(1)
+        self._complain_at = -math.inf  # when to say next that no connection can be accepted
         self._thread = threading.Thread(target=self.serve_forever, args=(0.2,), name="accept", daemon=True)
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, _, _, _, address = found[0]
@@ -298,8 +322,13 @@ class Server(ThreadingHTTPServer):
     def get_request(self):
         try:
             return super().get_request()
-        except OSError:
+        except ConnectionError:  # hung up before it was accepted
+            raise
+        except OSError as error:
             # Most likely no file descriptor is left; a busy loop would not free any.
+            if time.monotonic() >= self._complain_at:
+                self._complain_at = time.monotonic() + COMPLAINT_INTERVAL_S
+                log.warning("no connection can be accepted: error=%s", error)
             with self._changed:
                 self._changed.wait(0.1)
             raise

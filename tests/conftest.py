@@ -38,11 +38,13 @@ class Answer:
 
 
 class NodeProcess:
-    """A node as a user starts it, on a free port unless one is given."""
+    """A node as a user starts it, on a free port unless one is given; `limit` is for the shell's ulimit."""
 
-    def __init__(self, *arguments, port=0, peers=()):
+    def __init__(self, *arguments, port=0, peers=(), limit=None):
         seeds = ["--peers", ",".join(peer.address for peer in peers)] if peers else []
         command = [sys.executable, "counter_server.py", "--port", str(port), *FAST, *seeds, *map(str, arguments)]
+        if limit:
+            command = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh", *command]
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.DEVNULL, stderr=self.log)
         try:

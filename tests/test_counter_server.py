@@ -1,12 +1,15 @@
 """One node by itself: its API over real sockets, byte by byte where that matters, and its command line."""
 
 import contextlib
+import errno
 import io
+import itertools
 import json
 import logging
 import random
 import select
 import socket
+import socketserver
 import struct
 import subprocess
 import sys
@@ -17,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 
 import pytest
+import urllib3
 from conftest import PROJECT, wait_until
 
 import counter_server
@@ -1124,6 +1128,22 @@ def test_a_full_node_logs_it_once_and_so_when_there_is_room_again(full, connect,
     wait_until(lambda: lines() == ["clients are sent away", "clients are served again"])
 
 
+def test_a_node_that_cannot_accept_says_so_and_goes_on(start_local, connect, caplog, monkeypatch):
+    """Most likely all file descriptors are taken.  It is a line in the log, however often it happens."""
+    node, accept, tries = start_local(), socketserver.TCPServer.get_request, itertools.count()
+
+    def accept_later(server):
+        if next(tries) < 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(server)
+
+    monkeypatch.setattr(socketserver.TCPServer, "get_request", accept_later)
+    assert connect(node).ask("GET", "/count").status == 200
+    assert [record.getMessage() for record in caplog.records] == [
+        "no connection can be accepted: error=[Errno 24] Too many open files"
+    ]
+
+
 def test_a_peer_is_served_however_many_clients_there_are(full, connect):
     """It takes no client's place, may stay, and what it tells is counted."""
     node, clients = full
@@ -1216,7 +1236,7 @@ def test_a_request_in_flight_is_answered_when_the_node_stops(start_local, connec
     client.send(request("GET", f"/count?timeout=60&after={NOBODYS_ID}"))
     wait_until_waiting(node)
     node.stop()
-    closes_with(client, 504)
+    assert "retry-after" in closes_with(client, 503).headers
     with pytest.raises(ConnectionRefusedError):
         connect(node)
 
@@ -1234,20 +1254,28 @@ def test_a_request_that_comes_while_the_node_stops_does_not_wait(start_local, co
 
     monkeypatch.setattr(node.counter, "stop_waiting", stop_waiting_just_before)
     node.stop()
-    closes_with(client, 504)
+    closes_with(client, 503)
 
 
-@pytest.mark.parametrize(
-    "sent", [b"", b"GET /count HTTP/1.1\r\nHo", request("POST", "/increment", "Content-Length: 9")]
-)
-def test_connections_without_a_whole_request_end_when_the_node_stops(start_local, connect, sent):
+def test_connections_without_a_request_end_when_the_node_stops(start_local, connect):
     """There is nothing to answer, and nothing is waited for."""
+    node = start_local()
+    client = connect(node)
+    assert client.ask("GET", "/count").status == 200
+    node.stop()
+    assert client.is_over()
+
+
+@pytest.mark.parametrize("sent", [b"GET /count HTTP/1.1\r\nHo", request("POST", "/increment", "Content-Length: 9")])
+def test_who_has_sent_half_a_request_is_told_that_the_node_stops(start_local, connect, sent):
+    """It is not waited for, and without an answer nobody would know whether it was counted."""
     node = start_local()
     client = connect(node)
     assert client.ask("GET", "/count").status == 200
     client.send(sent)
     node.stop()
-    assert client.is_over()
+    assert "retry-after" in closes_with(client, 503).headers
+    assert node.counter.value("default") == 0
 
 
 # The command line.
@@ -1282,6 +1310,9 @@ def test_defaults():
         (["--max-connections", "1"], "max_connections", 1),
         (["--log-level", "debug"], "log_level", "debug"),
         (["--log-format", "json"], "log_format", "json"),
+        (["--cors-origin", "*", "--cors-origin", "null"], "cors_origin", ("*", "null")),
+        (["--cors-origin", "https://Example.org"], "cors_origin", ("https://example.org",)),
+        (["--cors-origin", "http://[::1]:8080"], "cors_origin", ("http://[::1]:8080",)),
     ],
 )
 def test_an_argument_is_taken(arguments, field, value):
@@ -1326,6 +1357,11 @@ def test_an_argument_is_taken(arguments, field, value):
         (["--retry-workers", "1.5"], "--retry-workers"),
         (["--max-connections", "0"], "--max-connections"),
         (["--cluster", "\udcff"], "--cluster"),  # as a byte that is no UTF-8 arrives
+        (["--cors-origin", "example.org"], "--cors-origin"),
+        (["--cors-origin", "https://example.org/"], "--cors-origin"),
+        (["--cors-origin", "https://example.org:443"], "--cors-origin"),  # browsers do not send it
+        (["--cors-origin", "http://a http://b"], "--cors-origin"),
+        (["--cors-origin", ""], "--cors-origin"),
         (["--log-level", "loud\n"], "--log-level"),
         (["--no-such-flag"], "--no-such-flag"),
         (["--heartbeat", "1"], "--heartbeat"),
@@ -1385,6 +1421,16 @@ def test_a_node_whose_port_is_taken_does_not_start():
         ended = run("--port", port)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
     assert port in ended.stderr
+
+
+def test_a_node_with_an_old_urllib3_does_not_start(monkeypatch, capsys):
+    """As distributions ship it: all sending would fail.  One line says what is needed, with status 1."""
+    monkeypatch.setattr(urllib3, "__version__", "1.26.18")
+    monkeypatch.setattr(counter_server, "Node", None)  # would it go on, it would fail here
+    assert counter_server.main(["--port", "0"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "urllib3 1.26.18" in err
 
 
 def test_a_node_whose_host_is_no_name_does_not_start():

@@ -18,7 +18,7 @@ OK, NOT_FOUND = b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 404 Not Found\r\n\r\n"
 
 @pytest.fixture
 def node():
-    node = Node(parse_arguments(["--port", "0"]))
+    node = Node(parse_arguments(["--port", "0", "--cors-origin", "https://a.example"]))
     node.start()
     yield node
     node.stop()
@@ -33,8 +33,8 @@ def connect(node):
         )
 
 
-def ask(connection, method, path):
-    connection.request(method, path)
+def ask(connection, method, path, **headers):
+    connection.request(method, path, headers=headers)
     response = connection.getresponse()
     return response, response.read().decode()
 
@@ -122,16 +122,18 @@ def test_every_request_is_counted_by_route_and_status(connect):
     assert requests_to(scrape(connection), "/metrics", "200") == 1
 
 
-def test_a_repeated_request_that_is_refused_is_counted_as_that(node, connect, monkeypatch):
-    """The same bytes may be answered with another status than before."""
+@pytest.mark.parametrize("headers", [{}, {"Origin": "https://a.example"}])
+def test_a_repeated_request_is_counted_by_its_own_status(node, connect, monkeypatch, headers):
+    """The same bytes may be answered with another status than before, also to a page of another site."""
     connection, path = connect(), f"/increments/{node.counter.replica}-8000-000000000001"
+    assert [ask(connection, "GET", path, **headers)[0].status for _ in range(3)] == [404, 404, 404]
     node.counter.increment("first")
-    assert [ask(connection, "GET", path)[0].status for _ in range(2)] == [200, 200]
+    assert [ask(connection, "GET", path, **headers)[0].status for _ in range(3)] == [200, 200, 200]
     monkeypatch.setattr(node.counter, "holds", lambda replica, sequence: False)
-    assert [ask(connection, "GET", path)[0].status for _ in range(3)] == [404, 404, 404]
+    assert [ask(connection, "GET", path, **headers)[0].status for _ in range(2)] == [404, 404]
     found = scrape(connection)
-    assert requests_to(found, "/increments", "200") == 2
-    assert requests_to(found, "/increments", "404") == 3
+    assert requests_to(found, "/increments", "404") == 5
+    assert requests_to(found, "/increments", "200") == 3
 
 
 def test_a_bug_is_counted_as_500(node, connect, monkeypatch, caplog):

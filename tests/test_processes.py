@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import PROJECT, Answer, wait_until
 
+from serving import DESCRIPTORS_BESIDE
+
 NO_LATE_RETRY = ("--retry-backoff-max", "0.1")  # seconds; a lost peer is found by probing it, or not at all
 
 
@@ -415,6 +417,19 @@ def test_a_port_in_use_is_one_line_and_status_1(start_node):
     ended = subprocess.run(command, check=False, cwd=PROJECT, capture_output=True, text=True, timeout=15)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
     assert port in ended.stderr
+
+
+@pytest.mark.parametrize(("limit", "served"), [("-S -n 100", 300), ("-n 400", 400 - DESCRIPTORS_BESIDE)])
+def test_as_many_clients_are_served_as_there_may_be_open_files(start_node, limit, served):
+    """The soft limit is raised; where the hard one is too low the node says so, and can still be watched."""
+    node = start_node("--max-connections", 300, limit=limit)
+    assert ("fewer clients are served" in node.stderr()) == (served < 300)
+    with contextlib.ExitStack() as stack:
+        for _ in range(served):
+            assert node.ask("GET", "/count").status == 200
+            stack.enter_context(socket.create_connection(("127.0.0.1", node.port)))
+        assert node.ask("GET", "/count").status == 503
+        assert node.ask("GET", "/healthz").status == 200
 
 
 def test_no_warning_from_start_to_stop(start_cluster, monkeypatch):
