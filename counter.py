@@ -83,6 +83,16 @@ def cancelling_replica(dot):
     return new_replica(lambda bits: int.from_bytes(digest, "big") >> (len(digest) * 8 - bits))
 
 
+def _with_ages(delta, now):
+    """Return a Delta as it is sent from what _delta_locked returns; a million keys take a second, so without the lock."""
+    keys = [
+        # `now` may have been read before the key was accepted.
+        (sequence, digest, name, amount, max(0.0, round(now - at, 3)))
+        for sequence, (digest, name, amount, at) in reversed(delta.keys)
+    ]
+    return delta._replace(keys=tuple(keys))
+
+
 class Counter:
     """Named counters of one node, replicated by deltas.
 
@@ -183,9 +193,9 @@ class Counter:
     def _expire_locked(self, now):
         while self._expiry and self._expiry[0][0] + self._key_window_s < now:
             _, replica, sequence = heapq.heappop(self._expiry)
-            digest = self._accepted[replica].pop(sequence)[0]
-            if self._dot_of.get(digest) == (replica, sequence):
-                del self._dot_of[digest]
+            accepted = self._accepted[replica].pop(sequence, None)  # a cancelled one is in the heap twice
+            if accepted and self._dot_of.get(accepted[0]) == (replica, sequence):
+                del self._dot_of[accepted[0]]
 
     def value(self, name):
         """Return the value of a counter; one never incremented is 0."""
@@ -261,10 +271,10 @@ class Counter:
             for replica, through in self._applied.items():
                 after = known.get(replica, 0)
                 if after < through and size < size_max:
-                    delta = self._delta_locked(replica, after, now)
+                    delta = self._delta_locked(replica, after)
                     found.append(delta)
                     size += sum(len(name) + 40 for name in delta.totals) + 150 * len(delta.keys)
-            return found
+        return [_with_ages(delta, now) for delta in found]
 
     def delta(self, replica, after, now):
         """Return what `replica` did after sequence `after`, as a Delta; None if nothing is known.
@@ -272,9 +282,11 @@ class Counter:
         10,000 increments of one counter are one entry: the cost is that of what changed.
         """
         with self._lock:
-            return self._delta_locked(replica, after, now) if self._applied.get(replica, 0) > after else None
+            delta = self._delta_locked(replica, after) if self._applied.get(replica, 0) > after else None
+        return delta and _with_ages(delta, now)
 
-    def _delta_locked(self, replica, after, now):
+    def _delta_locked(self, replica, after):
+        """Return a Delta with its keys still as they are kept, the latest first."""
         totals, keys = {}, []
         entries, accepted = self._entries[replica], self._accepted.get(replica, {})
         for name in reversed(entries):
@@ -282,14 +294,11 @@ class Counter:
             if entry[0] <= after:
                 break
             totals[name] = entry
-        for sequence in reversed(accepted):
-            if sequence <= after:
+        for item in reversed(accepted.items()):
+            if item[0] <= after:
                 break
-            digest, name, amount, at = accepted[sequence]
-            age_s = max(0.0, round(now - at, 3))  # `now` may have been read before the key was accepted
-            keys.append((sequence, digest, name, amount, age_s))
-        requires = self._requires.get(replica, ())
-        return Delta(replica, after, self._applied[replica], totals, tuple(keys[::-1]), requires)
+            keys.append(item)
+        return Delta(replica, after, self._applied[replica], totals, keys, self._requires.get(replica, ()))
 
     def merge(self, delta, now):
         """Take over a delta, all of it or nothing; return whether anything was new.
@@ -340,7 +349,10 @@ class Counter:
         else:
             smaller, larger = sorted((known, dot))
             self._dot_of[digest] = smaller
-            _, name, amount, _ = self._accepted[larger[0]][larger[1]]
+            _, name, amount, accepted_at = self._accepted[larger[0]][larger[1]]
+            if min(at, before) < accepted_at:
+                # Cancelled, it is a retry of the other: it must not outlive that, and cancel what comes later.
+                self._remember_locked(*larger, (digest, name, amount, min(at, before)))
             totals = {name: (1, -amount)}
             self._merge_locked(Delta(cancelling_replica(larger), 0, 1, totals, (), (smaller, larger)), now)
 

@@ -305,6 +305,37 @@ def test_a_key_used_anew_after_its_window_counts_anew_everywhere(order):
     assert third.increment_once("k", "x", 1, now=61)[:2] == (B, 1)
 
 
+def sync(sender, receiver, now):
+    for delta in sender.deltas(receiver.vector(), 10**6, now):
+        receiver.merge(delta, now)
+
+
+def test_a_cancelled_use_of_a_key_is_not_held_against_a_use_after_the_window():
+    """Not by a node that joins later, either, and hears of the cancelled use but of the first no more."""
+    first, second, joiner = Counter(A, key_window_s=60), Counter(B, key_window_s=60), Counter(C, key_window_s=60)
+    first.increment_once("k", "x", 1, now=0)
+    second.increment_once("k", "x", 1, now=50)
+    sync(first, second, 51)
+    assert not second.increment_once("k", "x", 1, now=61)[3]
+    sync(second, joiner, 65)
+    sync(joiner, second, 66)
+    assert second.value("x") == joiner.value("x") == 2
+
+
+def test_a_cancelled_use_of_a_key_cancels_none_itself():
+    """Though it is within the window of a use that the first one is not."""
+    first, second, third = Counter(A, key_window_s=60), Counter(B, key_window_s=60), Counter(C, key_window_s=60)
+    first.increment_once("k", "x", 1, now=0)
+    sync(first, third, 1)
+    second.increment_once("k", "x", 1, now=36)
+    sync(first, second, 39)
+    sync(second, first, 39)
+    assert not third.increment_once("k", "x", 1, now=72)[3]
+    for sender, receiver in ((first, third), (third, first), (third, second), (second, third)) * 2:
+        sync(sender, receiver, 79)
+    assert [counter.value("x") for counter in (first, second, third)] == [2, 2, 2]
+
+
 def test_a_cancellation_waits_for_both_dots_it_speaks_of():
     """Otherwise it could outlive them: their nodes may die before anybody else has heard of them."""
     first, second, third = Counter(A), Counter(B), Counter(C)
