@@ -34,6 +34,7 @@ ACTIVE = "active"
 LOST = "lost"  # silent for too long; probed until it answers
 
 PROBE_INTERVAL_MAX_S = 10.0
+MET_SEED_INTERVAL_S = 30.0  # between two looks at where a seed leads through which somebody was met
 LOST_MAX = 64  # lost peers probed for ever; older ones are forgotten
 GONE_MAX = 4096  # ids remembered so that late rumours of them revive nobody
 # Peers in a message: the latest met, and all others in turn.  The chance not to have heard of a peer for so
@@ -121,6 +122,7 @@ class _Seed:
     def __init__(self, name):
         self.name = name
         self.addresses = ()  # what the name last resolved to
+        self.looked_up = -NEVER  # when that was last asked for
         self.probe = _Probe()
 
 
@@ -253,7 +255,7 @@ class PeerTable:
             self._left = {id: until for id, until in self._left.items() if now < until}
             probes = self._probes_locked(now)
             beats = self._beats_locked([peer for peer in silent if peer.state == ACTIVE], len(probes))
-            return Sweep(beats + probes, self._unmet_seeds_locked(now), changes)
+            return Sweep(beats + probes, self._due_seeds_locked(now), changes)
 
     def _patience_s_locked(self):
         """Return for how long a peer may be silent: what reaches fewer than all takes its time."""
@@ -307,24 +309,35 @@ class PeerTable:
                 due.append(peer.address)
         return due
 
-    def _unmet_seeds_locked(self, now):
+    def _due_seeds_locked(self, now):
+        """Return the names of the seeds to look up now.
+
+        One through which a peer was met is looked up again now and then: it may lead to others as
+        well, whom nobody here has met, because they started beyond a partition.
+        """
         due = []
         for seed in self._seeds:
-            met = (self._peers.get(id) for id in self._answerers_locked(seed))
-            if any(peer and peer.state == ACTIVE for peer in met):
+            peers = [self._peers.get(id) for id in self._answerers_locked(seed)]
+            met = any(peer and peer.state == ACTIVE for peer in peers)
+            if met:
                 seed.probe.reset()
-            elif seed.probe.take(now, self._interval_s, self._rng):
+                is_due = now - seed.looked_up >= MET_SEED_INTERVAL_S
+            else:
+                is_due = seed.probe.take(now, self._interval_s, self._rng)
+            if is_due:
+                seed.looked_up = now
                 due.append(seed.name)
         return due
 
     def resolved(self, name, addresses):
-        """Take note of what a seed's name resolves to; return which of them are not this node."""
+        """Take note of what a seed's name resolves to; return which of these addresses to contact."""
         with self._lock:
             for seed in self._seeds:
                 if seed.name == name:
                     seed.addresses = tuple(addresses)
-            # One that led to this node before may lead to another now: it may be a load balancer's.
-            return [address for address in addresses if address != self._address]
+            # Where a peer answered that says it is elsewhere, or this node, another may answer now: it may
+            # be a load balancer's address.
+            return [a for a in addresses if a != self._address and not self._is_active_locked(a)]
 
     def heard(self, sender, view, now, answered_at=None):
         """Take in what a message says; return (addresses to contact at once, [Change]).

@@ -123,7 +123,7 @@ def encode(message):
         fields.update(view=view._asdict(), applied=applied)
     if confirms is not None:
         fields["confirms"] = confirms
-    if sum(len(delta.totals) for delta in deltas) > PIECE:
+    if sum(len(delta.totals) + len(delta.keys) for delta in deltas) > PIECE:
         return f'{_json(fields)[:-1]},"deltas":[{",".join(map(_encoded_delta, deltas))}]}}'.encode()
     if deltas:
         fields["deltas"] = [{name: value for name, value in delta._asdict().items() if value != ()} for delta in deltas]
@@ -136,11 +136,15 @@ def _json(value):
 
 def _encoded_delta(delta):
     """Return the JSON of a delta, written in pieces: no other thread runs during a call of json."""
-    fields = {name: value for name, value in delta._asdict().items() if value != () and name != "totals"}
-    entries = iter(delta.totals.items())
-    pieces = iter(lambda: dict(itertools.islice(entries, PIECE)), {})
-    totals = ",".join(_json(piece)[1:-1] for piece in pieces)
-    return f'{_json(fields)[:-1]},"totals":{{{totals}}}}}'
+    fields = {name: value for name, value in delta._asdict().items() if value != () and name not in ("totals", "keys")}
+    totals = ",".join(_json(dict(piece))[1:-1] for piece in _pieces(delta.totals.items()))
+    keys = ",".join(_json(piece)[1:-1] for piece in _pieces(delta.keys))
+    return f'{_json(fields)[:-1]},"totals":{{{totals}}},"keys":[{keys}]}}'
+
+
+def _pieces(entries):
+    entries = iter(entries)
+    return iter(lambda: list(itertools.islice(entries, PIECE)), [])
 
 
 def decode(body):
@@ -199,7 +203,7 @@ def _checked_delta(delta):
     sequences = {sequence for sequence, _ in totals.values()}
     _require(len(sequences) == len(totals) and through in sequences, "a delta's entries")
     for sequence, digest, name, amount, age_s in keys:
-        _require(_is_int(sequence, after + 1, through) and _DIGEST.match(digest) and NAME.match(name), "a key")
+        _require(_is_int(sequence, after + 1, through) and _DIGEST.match(digest) and name in totals, "a key")
         _require(_is_int(amount, -AMOUNT_MAX, AMOUNT_MAX) and amount != 0, "a key's amount")
         _require(type(age_s) in (int, float) and 0 <= age_s < AGE_MAX_S, "a key's age")
     _require(len({sequence for sequence, *_ in keys}) == len(keys), "a key's sequence")
@@ -555,7 +559,7 @@ class Gossip:
     def _merge(self, message, now):
         """Merge the deltas of a message; return whether anything was new."""
         merged = [self._counter.merge(delta, now) for delta in message.deltas]
-        if message.applied and self._counter.renew_if_cloned(message.applied):
+        if any(self._counter.renew_if_cloned(known) for known in (message.applied, message.confirms) if known):
             log.error("replica id used twice, was this machine cloned? new id=%s", self._counter.replica)
             self._table.rename(self._counter.replica)
         return any(merged)
@@ -614,7 +618,9 @@ class Gossip:
         self.swept(told.values(), [], clock())
         deadline = clock() + timeout_s
         while True:
-            # Some may leave as well.  Of those that are lost meanwhile, who lacks nothing is let go.
+            # Some may leave as well, or turn out to have restarted, and then their successors are told.
+            # Of those that are lost meanwhile, who lacks nothing is let go.
+            told.update(self._table.active())
             states = {id: state for id, _, state, _ in self._table.snapshot(clock()) if id in told}
             with self._lock:
                 links = [(self._link_locked(told[id]), state == LOST) for id, state in states.items()]
@@ -694,6 +700,9 @@ class Replicator:
             answer = self._post(link, body)
             self.traffic.add(bytes_received=len(answer))
             answer = decode(answer)
+            if answer.sender.address != link.address:  # it may be a load balancer: a new connection leads elsewhere
+                link.session.close()
+                link.session = None
             self._gossip.answered(link, request, answer, self._clock())
             if self._table.address is None and answer.sender.id != request.sender.id:
                 self._table.advertise(join_address(_local_host_towards(link.address), self._port))

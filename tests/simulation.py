@@ -49,7 +49,8 @@ class SimulatedNode:
         while link := self.gossip.take(now):
             if link.is_seed:
                 self.gossip.released(link)
-                self.gossip.contact(self.table.resolved(link.address, [link.address]), now)
+                found = self.network.names.get(link.address, [link.address])
+                self.gossip.contact(self.table.resolved(link.address, found), now)
             elif request := self.gossip.request(link, now):
                 self.network.exchange(self, link, request)
             else:
@@ -75,6 +76,7 @@ class Network:
         self.loss, self.repeat, self.delay_s, self.as_json = loss, repeat, delay_s, as_json
         self.now = 0.0
         self.nodes = {}  # address -> SimulatedNode
+        self.names = {}  # name of a seed -> the addresses it resolves to; without, it is one itself
         self.cut = set()  # pairs of addresses between which nothing passes
         self.log = {}  # (replica, sequence) -> (name, amount, key): all increments there ever were
         self.messages = self.bytes = 0  # sent so far; the bytes of the JSON alone, estimated

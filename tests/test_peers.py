@@ -1,6 +1,7 @@
 """The peer table on a hand-driven clock, and the thread that sweeps it."""
 
 import collections
+import itertools
 import random
 import threading
 
@@ -289,6 +290,29 @@ def test_a_seed_is_tried_until_it_is_met_and_again_once_it_is_lost():
     assert 5 < len([now for now in tries if now < 30]) < 15
     assert not [now for now in tries if 30 <= now <= 35]
     assert [now for now in tries if now > 35][0] == 36
+
+
+def test_a_seed_that_was_met_is_looked_up_now_and_then():
+    """Its name may lead to further nodes, whom nobody here has met; those it is known to lead to are left alone."""
+    table = new_table(seeds=["nodes:80"])
+    table.resolved("nodes:80", [AT_ME, AT_A])
+    answer(table, A, AT_A)
+    tries = []
+    for now in range(300):
+        answer(table, A, AT_A, now=float(now))
+        tries += [now] * len(table.sweep(float(now)).seeds)
+    gaps = [after - before for before, after in itertools.pairwise(tries)]
+    assert 20 < min(gaps) <= max(gaps) <= 30
+    assert table.resolved("nodes:80", [AT_ME, AT_A]) == []
+    assert table.resolved("nodes:80", [AT_ME, AT_A, AT_B]) == [AT_B]
+
+
+def test_a_seed_where_somebody_answered_who_is_elsewhere_may_lead_to_another():
+    """It may be a load balancer's."""
+    table = new_table(seeds=["balancer:80"])
+    table.resolved("balancer:80", ["10.9.9.9:80"])
+    answer(table, A, AT_A, at="10.9.9.9:80")
+    assert table.resolved("balancer:80", ["10.9.9.9:80"]) == ["10.9.9.9:80"]
 
 
 def test_a_late_sweep_accuses_nobody(table):

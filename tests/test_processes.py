@@ -172,6 +172,17 @@ def test_several_spellings_of_a_seed_are_one_peer(start_node):
     assert all_know_each_other(seed, node, third)
 
 
+def test_a_seed_may_be_a_load_balancer(wire, start_node):
+    """That led a node to itself first, and leads to another later."""
+    balancer = wire()
+    node = start_node(peers=[balancer])
+    balancer.target = node.port
+    wait_until(lambda: "counter_gossip_received_bytes_total 0\n" not in node.ask("GET", "/metrics").body.decode())
+    other = start_node()
+    balancer.target = other.port
+    all_know_each_other(node, other)
+
+
 def test_a_seed_may_be_a_name(start_node):
     """A seed given by name is looked up, and listed under the address it advertises."""
     seed = start_node()

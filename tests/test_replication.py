@@ -73,6 +73,8 @@ def test_where_there_is_a_hash_the_vector_stays_at_home():
     assert decode(encode(message)) == message._replace(applied=None)
 
 
+DIGEST = "0123456789abcdef" * 2
+GOOD_KEY = [3, DIGEST, "y", 1, 0.5]
 GOOD_DELTA = {"replica": A, "after": 1, "through": 3, "totals": {"x": [2, 5], "y": [3, 1]}}
 
 
@@ -147,6 +149,24 @@ def test_what_is_no_message_is_refused(body):
         with_delta(totals={"x": [3, 1.0]}),
         with_delta(totals={"x": [3, 3 * AMOUNT_MAX + 1]}),
         with_delta(extra=1),
+        *(
+            with_delta(keys=[key])
+            for key in (
+                [1, DIGEST, "y", 1, 0],
+                [4, DIGEST, "y", 1, 0],
+                [3, "x", "y", 1, 0],
+                [3, DIGEST, "z", 1, 0],
+                [3, DIGEST, "y", 0, 0],
+                [3, DIGEST, "y", 1.0, 0],
+                [3, DIGEST, "y", 1, -1],
+                [3, DIGEST, "y", 1],
+                None,
+            )
+        ),
+        with_delta(keys=[GOOD_KEY, GOOD_KEY]),
+        with_delta(requires=[[A, 0]]),
+        with_delta(requires=[["x", 1]]),
+        with_delta(requires=None),
     ],
 )
 def test_a_message_with_any_impossible_part_is_refused(fields):
@@ -155,7 +175,11 @@ def test_a_message_with_any_impossible_part_is_refused(fields):
 
 
 def test_a_good_message_of_that_kind_is_taken():
-    assert decode(json.dumps(with_delta()).encode()).deltas == [Delta(A, 1, 3, {"x": (2, 5), "y": (3, 1)})]
+    delta = Delta(A, 1, 3, {"x": (2, 5), "y": (3, 1)})
+    assert decode(json.dumps(with_delta()).encode()).deltas == [delta]
+    fields = with_delta(keys=[GOOD_KEY], requires=[[B, 2]])
+    delta = delta._replace(keys=(tuple(GOOD_KEY),), requires=((B, 2),))
+    assert decode(json.dumps(fields).encode()).deltas == [delta]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -555,6 +579,33 @@ def test_draining_ends_when_all_have_confirmed_all_and_know_of_the_leaving():
     assert peer.table.active() == []
 
 
+def test_a_node_that_takes_more_than_it_sent_for_its_own_is_cloned(caplog):
+    """It learns so with the first push: what it counts until then, no peer will take."""
+    node = Half()
+    link = node.meet()
+    node.counter.increment("x")
+    node.gossip.touch(1.0)
+    assert node.gossip.take(1.0) is link
+    node.gossip.answered(link, node.gossip.request(link, 1.0), answer(confirms={ME: 2}), 1.0)
+    assert node.counter.replica != ME
+    assert "cloned" in caplog.text
+
+
+def test_draining_hands_over_to_the_successor_of_a_peer():
+    """Which it meets only while it drains."""
+    node, successor = Half(), Half(B, AT_A)
+    node.counter.increment("x")
+    node.meet(applied={ME: 1})
+    drained = []
+    thread = threading.Thread(target=lambda: drained.append(node.gossip.drain(time.monotonic, 20)))
+    thread.start()
+    while thread.is_alive():
+        if taken := node.gossip.take(time.monotonic()):
+            talk(node, successor, taken, time.monotonic())
+    assert drained == [True]
+    assert successor.counter.value("x") == 1
+
+
 def test_draining_gives_up_after_its_timeout():
     node = Half()
     node.meet()
@@ -768,7 +819,19 @@ def test_whom_to_push_to_changes_where_there_are_more():
 
 def test_a_large_delta_is_encoded_like_a_small_one():
     names = range(2 * replication.PIECE + 1)
-    large = Delta(A, 0, len(names), {f"x{number}": (number + 1, number) for number in names}, (), ((B, 1),))
-    message = Message(A_SENDS, NOBODY, {A: 5}, None, None, [Delta(A, 1, 3, {"x": (3, -7)}), large])
+    totals = {f"x{number}": (number + 1, number) for number in names}
+    keys = tuple((number + 1, DIGEST, f"x{number}", 1, 0.5) for number in names)
+    large = [Delta(A, 0, len(names), totals, (), ((B, 1),)), Delta(A, 0, len(names), totals, keys)]
+    message = Message(A_SENDS, NOBODY, {A: 5}, None, None, [Delta(A, 1, 3, {"x": (3, -7)}), *large])
     assert decode(encode(message)) == message
     assert b" " not in encode(message)
+
+
+def test_no_call_of_json_gets_more_than_a_piece(monkeypatch):
+    """Or all other threads would stand still: also where one counter has many keys."""
+    sizes, dumps = [], json.dumps
+    monkeypatch.setattr(json, "dumps", lambda value, **how: sizes.append(len(value)) or dumps(value, **how))
+    many = range(1, 2 * replication.PIECE + 2)
+    keys = tuple((number, DIGEST, "x", 1, 0.5) for number in many)
+    encode(Message(A_SENDS, NOBODY, None, None, None, [Delta(A, 0, many[-1], {"x": (many[-1], many[-1])}, keys)]))
+    assert max(sizes) == replication.PIECE

@@ -114,6 +114,34 @@ def test_a_partition_of_any_length_heals_by_itself(seed):
     assert {node.counter.value("a") for node in network.alive()} == {5}
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_halves_that_never_met_find_each_other_through_a_name_they_share(restarted):
+    """Whether they started cut off from each other, or all of one half came back at new addresses meanwhile."""
+    network = Network(1, loss=0, repeat=0)
+    one, other, later = ADDRESSES[:2], ADDRESSES[2:4], ["10.0.0.8:8080", "10.0.0.9:8080"]
+    network.names["nodes:8080"] = one + other
+    if not restarted:
+        network.split(one, other)
+    for address in one + other:
+        network.start(address, seeds=["nodes:8080"])
+    network.run(20)
+    if restarted:
+        network.split(one + later, other)
+        network.run(20)
+        for old, new in zip(one, later, strict=True):
+            network.crash(old)
+            network.start(new, seeds=["nodes:8080"])
+            network.names["nodes:8080"] = [node.address for node in network.alive()]
+            network.run(20)
+    for node in network.alive():
+        node.increment("a", 1)
+    network.run(20)
+    assert [node.counter.value("a") for node in network.alive()] == [2] * 4
+    network.cut = set()
+    assert network.run_until(network.converged, 40)
+    assert [node.counter.value("a") for node in network.alive()] == [4] * 4
+
+
 def test_what_a_dead_node_told_one_peer_reaches_all():
     """Increments known to a single survivor spread from it, though it did not accept them."""
     network = Network(1, loss=0, repeat=0)
