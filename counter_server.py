@@ -52,6 +52,7 @@ __version__ = "1.0.0"
 
 log = logging.getLogger("counter.server")
 
+BODY_MAX = 64 * 1024  # bytes of a public request's body
 COUNTS_MAX = 1000  # counters in one answer
 WAIT_DEFAULT_S, WAIT_MAX_S = 5.0, 60.0  # of ?timeout=
 URLLIB3_LEAST = (2, 2)
@@ -186,6 +187,17 @@ class Api:
         """Return the path by which requests are counted, one of few."""
         parent = path.rpartition("/")[0]
         return path if path in self._routes else parent if f"{parent}/" in self._named_routes else metrics.OTHER
+
+    def body_max(self, head):
+        """Return how many bytes the body of a request with this head may have; Refused if nobody vouches for it."""
+        if head.path != replication.PATH:
+            return BODY_MAX
+        if head.length > replication.BODY_UNPROVEN:
+            signature = head.headers.get(replication.SIGNATURE.lower(), "")
+            given = head.headers.get(replication.LENGTH_SIGNATURE.lower(), "")
+            if not same_signature(given, self._node.signer.length(signature, head.length)):
+                raise _wrong_signature(close=True)
+        return replication.BODY_MAX
 
     def action(self, head):
         """Return what answers a request with this head."""
@@ -397,8 +409,7 @@ class Api:
     def _receive(self, signature, body, connection):
         signer = self._node.signer
         if not same_signature(signature, signer.request(body)):
-            challenge = [("WWW-Authenticate", replication.SIGNATURE)]
-            raise Refused(401, "the signature is wrong: another --cluster or --secret-file?", challenge)
+            raise _wrong_signature()
         try:
             message = replication.decode(body)
         except ValueError as error:
@@ -439,6 +450,11 @@ def _with_headers(action, lines):
 
 def _host_of(origin):
     return origin.partition("://")[2]
+
+
+def _wrong_signature(close=False):
+    challenge = [("WWW-Authenticate", replication.SIGNATURE)]
+    return Refused(401, "the signature is wrong: another --cluster or --secret-file?", challenge, close)
 
 
 def _too_many_counters():

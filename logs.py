@@ -6,7 +6,15 @@ import re
 import time
 
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _PLACEHOLDER = re.compile(r"(?:(\w+)=)?%[-.0-9]*[a-z]")
+
+
+class TextFormatter(logging.Formatter):
+    """One line for a message, whatever others managed to put in: control characters are escaped."""
+
+    def formatMessage(self, record):
+        return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), super().formatMessage(record))
 
 
 class JsonFormatter(logging.Formatter):
@@ -30,7 +38,7 @@ class JsonFormatter(logging.Formatter):
 def set_up(level, format):
     """Log to stderr from this level on, in this format: `text` or `json`."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if format == "json" else logging.Formatter(TEXT))
+    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter(TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.raiseExceptions = False  # a full disk behind stderr is no reason for tracebacks
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of every quick try

@@ -38,6 +38,10 @@ log = logging.getLogger("counter.replication")
 
 PATH = "/internal/gossip"
 SIGNATURE = "Counter-Signature"  # the header of a request, and of its answer
+# The header of a request whose body has more than BODY_UNPROVEN bytes: a receiver has to read, and
+# keep, a whole body to find out whether it was signed, and nobody else is to make it do so.
+LENGTH_SIGNATURE = "Counter-Length-Signature"
+BODY_UNPROVEN = 64 * 1024
 BODY_MAX = 256 * 2**20  # bytes of a message; a single replica's delta with a million keys needs them
 DELTAS_MAX = 2**20  # bytes of deltas in a message of several replicas, roughly
 PIECE = 2000  # entries encoded at a time, in 2 ms; 100,000 at once stopped all threads for 80 ms
@@ -88,6 +92,10 @@ class Signer:
     def request(self, body):
         """Return the signature of a request, as text."""
         return self._sign(b"POST", PATH.encode(), body)
+
+    def length(self, request_signature, length):
+        """Return the signature of the length in bytes of a request's body, given the request's own signature."""
+        return self._sign(b"LENGTH", request_signature.encode(), str(length).encode())
 
     def answer(self, request_signature, body):
         """Return the signature of the answer to the request with that signature."""
@@ -282,7 +290,8 @@ class Gossip:
         # Guards everything below.  Held for dictionary work only, never together with another.
         self._lock = threading.Lock()
         self._due = threading.Condition(self._lock)  # workers wait on it for a link to become due
-        self._confirming = threading.Condition(self._lock)  # others wait on it for answers
+        self._confirming = threading.Condition(self._lock)  # drain() waits on it for answers
+        self._awaited = {}  # threading.Event -> (replica, sequence): who waits for acks of that dot
         self._links = {}  # address -> _Link
         self._seed_links = {}  # name -> _Link
         self._pending = {}  # the links with something to send or in flight, as an ordered set
@@ -447,6 +456,7 @@ class Gossip:
             before = link.confirmed if link.peer == answer.sender.id else None
             link.peer = answer.sender.id
             link.confirmed = self._confirmed(before, request, answer)
+            self._wake_locked(before, link.confirmed)
             if request.applied is not None:
                 self._agreed = link.agreed = link.confirmed == request.applied
                 self._caught_up = self._caught_up or (link.peer != replica and not lacks(mine, link.confirmed))
@@ -539,6 +549,7 @@ class Gossip:
             if message.applied is not None and message.sender.id != self._counter.replica:
                 self._caught_up = self._caught_up or not lacks(mine, message.applied)
                 if link and link.peer == message.sender.id:
+                    self._wake_locked(link.confirmed, message.applied)
                     link.confirmed = message.applied
                     self._confirming.notify_all()
         self._membership_changed(contact, changes, now)
@@ -556,6 +567,16 @@ class Gossip:
         hash = self._hash(mine) if agreed and len(mine) > VECTOR_SHORT else None
         return Message(sender, view, mine, hash, confirms, deltas)
 
+    def _wake_locked(self, before, confirmed):
+        """Wake those who wait for acks of a dot that a peer has confirmed just now; both are vectors or None.
+
+        Nobody else: hundreds may wait, and hundreds of answers arrive in a second.
+        """
+        before, confirmed = before or {}, confirmed or {}
+        for event, (replica, sequence) in self._awaited.items():
+            if before.get(replica, 0) < sequence <= confirmed.get(replica, 0):
+                event.set()
+
     def _merge(self, message, now):
         """Merge the deltas of a message; return whether anything was new."""
         merged = [self._counter.merge(delta, now) for delta in message.deltas]
@@ -570,6 +591,8 @@ class Gossip:
         if changes:
             log_changes(changes)
             with self._lock:
+                for event in self._awaited:
+                    event.set()  # a peer that is back counts again
                 self._confirming.notify_all()  # nobody is to wait for a peer that is gone
                 gone = {change.address for change in changes if change.what in ("left", "restarted")}
                 full = len(self._pushed) == self._pushed_to and all(link.address not in gone for link in self._pushed)
@@ -595,20 +618,29 @@ class Gossip:
 
     def wait_for_acks(self, replica, sequence, wanted, clock, timeout_s):
         """Wait until that many nodes, this one included, hold a dot; return how many do."""
-        deadline = clock() + timeout_s
-        while True:
-            active = {id for id, _ in self._table.active()}
-            with self._lock:
-                holders = {link.peer for link in self._links.values() if link.holds(replica, sequence)}
+        deadline, event = clock() + timeout_s, threading.Event()
+        with self._lock:
+            self._awaited[event] = (replica, sequence)
+        try:
+            while True:
+                event.clear()
+                active = {id for id, _ in self._table.active()}
+                with self._lock:
+                    holders = {link.peer for link in self._links.values() if link.holds(replica, sequence)}
+                    impatient = self._impatient
                 reached = 1 + len(holders & active)
-                if reached >= wanted or self._impatient or not self._confirming.wait(deadline - clock()):
+                if reached >= wanted or impatient or not event.wait(deadline - clock()):
                     return reached
+        finally:
+            with self._lock:
+                del self._awaited[event]
 
     def stop_waiting(self):
         """Let everyone go who waits for acks, now and from now on: the node is stopping."""
         with self._lock:
             self._impatient = True
-            self._confirming.notify_all()
+            for event in self._awaited:
+                event.set()
 
     def drain(self, clock, timeout_s):
         """Tell all active peers everything and that this node leaves; return whether all confirmed."""
@@ -727,6 +759,9 @@ class Replicator:
         # To prepare a request anew each time would be a third of the cost of sending it.
         link.prepared.body = body
         link.prepared.headers.update({"Content-Length": str(len(body)), SIGNATURE: signature})
+        link.prepared.headers.pop(LENGTH_SIGNATURE, None)
+        if len(body) > BODY_UNPROVEN:
+            link.prepared.headers[LENGTH_SIGNATURE] = self._signer.length(signature, len(body))
         with link.session.send(
             link.prepared, timeout=timeouts_s, stream=True, allow_redirects=False, proxies={}
         ) as response:  # fmt: skip

@@ -4,8 +4,8 @@
                                                      _read_head, _read_body ─▶ api.action(head)
                                                      action(body, connection) ─▶ sendall(response)
 
-What the requests mean is the api's business.  This file knows of peers only which path their
-messages come on, and that they are served, like `api.vital_paths`, when clients no longer are.
+What the requests mean is the api's business, and how long a body may be.  This file knows of peers
+only that they are served, like `api.vital_paths`, when clients no longer are.
 """
 
 import contextlib
@@ -25,20 +25,13 @@ from http.server import ThreadingHTTPServer
 import http1
 import metrics
 from http1 import Refused, unavailable
-from replication import BODY_MAX as MESSAGE_MAX
-from replication import PATH as PEER_PATH
 
 log = logging.getLogger("counter.serving")
 
 BACKLOG = 1024  # the stdlib's 5 resets connections under load
 RECEIVE_SIZE = 65536
-BODY_MAX = 64 * 1024  # bytes of a public request's body
 HEAD_TIMEOUT_S = 10.0  # for a whole head, however slowly it trickles in
 BODY_TIMEOUT_S = 30.0
-# Whether a message is a peer's shows only once all of it is there.  So that nobody else fills the
-# memory, large ones are read a few at a time; only those that bring a joiner very much are that large.
-LARGE = 4 * 2**20  # bytes of a body
-LARGE_AT_ONCE = 4
 IDLE_TIMEOUT_S = 60.0
 SEND_TIMEOUT_S = 30.0
 CLIENT, PEER, RESERVED = "client", "peer", "reserved"  # kinds of connections
@@ -90,8 +83,7 @@ class Connection(socketserver.BaseRequestHandler):
                 self._close_with(response)
 
     def _serve(self):
-        idle_s = RESERVE_TIMEOUT_S if self.kind == RESERVED else IDLE_TIMEOUT_S
-        while self._received or self._receive(idle_s):
+        while self._received or self._receive(RESERVE_TIMEOUT_S if self.kind == RESERVED else IDLE_TIMEOUT_S):
             received = self._received
             response, keep_alive, action = self._answer_next()
             tally = self._tally.of(self._route)
@@ -147,18 +139,17 @@ class Connection(socketserver.BaseRequestHandler):
             repeats = received == raw + b"\r\n\r\n" and not head.length
             if self.kind == RESERVED and head.path not in self.server.api.vital_paths:
                 raise unavailable(STOPPING if self.server.stopping else "all connections are taken; try again later")
-            with self._room_for(head):
-                body = self._read_body(head)
-                self._began = time.perf_counter()  # what came before was the client's time
-                action = self.server.api.action(head)
-                response, close = action(body, self), False
+            body = self._read_body(head)
+            self._began = time.perf_counter()  # what came before was the client's time
+            action = self.server.api.action(head)
+            response, close = action(body, self), False
         except Refused as refused:
             response, close, action = refused.response(), refused.close, None
         if head is None:
             return response, False, None
         if head.method == "HEAD":
             response = http1.without_body(response)
-        if head.is_http10 and head.keep_alive:
+        if head.is_http10 and head.keep_alive and not close and not self._is_to_end():
             response = http1.with_header(response, b"Connection: keep-alive")
         repeats = repeats and head.method != "HEAD" and not head.is_http10
         return response, head.keep_alive and not close, action if repeats else None
@@ -177,12 +168,8 @@ class Connection(socketserver.BaseRequestHandler):
         self._received = rest
         return head, raw
 
-    def _room_for(self, head):
-        is_large = head.path == PEER_PATH and LARGE < head.length <= MESSAGE_MAX
-        return self.server.large_messages if is_large else contextlib.nullcontext()
-
     def _read_body(self, head):
-        size_max = MESSAGE_MAX if head.path == PEER_PATH else BODY_MAX
+        size_max = self.server.api.body_max(head)
         if head.length > size_max:
             raise Refused(413, f"the body may have at most {size_max} bytes", close=True)
         if head.expects_continue and len(self._received) < head.length:
@@ -245,10 +232,13 @@ def provide_descriptors(clients_max):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return clients_max
-    raised = max(soft, clients_max + DESCRIPTORS_BESIDE) if hard == resource.RLIM_INFINITY else hard
-    with contextlib.suppress(OSError, ValueError):  # macOS allows less than it says
-        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-        soft = raised
+    raised = clients_max + DESCRIPTORS_BESIDE if hard == resource.RLIM_INFINITY else hard
+    while raised > soft:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+            soft = raised
+        except (OSError, ValueError):  # macOS allows less than it says
+            raised //= 2
     return min(clients_max, max(1, soft - DESCRIPTORS_BESIDE))
 
 
@@ -270,7 +260,6 @@ class Server(ThreadingHTTPServer):
         self.api = api
         self.stopping = False
         self.requests = metrics.Requests()
-        self.large_messages = threading.BoundedSemaphore(LARGE_AT_ONCE)
         self._clients_max = config.max_connections
         # Guards the three below.  Held for dictionary work only, never together with another.
         # Who waits on it waits for the end of a connection.
@@ -280,7 +269,7 @@ class Server(ThreadingHTTPServer):
         self._full = False  # clients are sent away, which was logged
         # Used by the accepting thread alone, both of them.
         self._serial = itertools.count(1)
-        self._complain_at = -math.inf  # when to say next that no connection can be accepted
+        self._complain_at = -math.inf  # when to say next that connections cannot be served
         self._thread = threading.Thread(target=self.serve_forever, args=(0.2,), name="accept", daemon=True)
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, _, _, _, address = found[0]
@@ -326,12 +315,25 @@ class Server(ThreadingHTTPServer):
             raise
         except OSError as error:
             # Most likely no file descriptor is left; a busy loop would not free any.
-            if time.monotonic() >= self._complain_at:
-                self._complain_at = time.monotonic() + COMPLAINT_INTERVAL_S
-                log.warning("no connection can be accepted: error=%s", error)
+            self._complain("no connection can be accepted: error=%s", error)
             with self._changed:
                 self._changed.wait(0.1)
             raise
+
+    def _complain(self, message, *values):
+        """Log that connections cannot be served, unless that was said a short while ago."""
+        if time.monotonic() >= self._complain_at:
+            self._complain_at = time.monotonic() + COMPLAINT_INTERVAL_S
+            log.warning(message, *values)
+
+    def _make_room(self):
+        """Serve fewer clients from now on, so that there are threads for the connections in reserve."""
+        with self._changed:
+            self._clients_max = max(1, self._numbers[CLIENT] - RESERVE_MAX)
+            clients = [sock for sock, kind in self._open.values() if kind == CLIENT]
+            for sock in clients[self._clients_max :]:
+                with contextlib.suppress(OSError):  # it has just been closed
+                    sock.shutdown(socket.SHUT_RD)
 
     def process_request(self, sock, address):
         kind = self._admit()
@@ -344,10 +346,11 @@ class Server(ThreadingHTTPServer):
             self._open[thread] = (sock, kind)
         try:
             thread.start()
-        except RuntimeError:
-            log.warning("connection refused: no thread could be started")
+        except (RuntimeError, MemoryError):
+            self._complain("connection refused: no thread could be started")
             self._end(thread)
             self.shutdown_request(sock)
+            self._make_room()
 
     def _admit(self):
         """Return the kind of a new connection, counted from now on; None if there is no place."""

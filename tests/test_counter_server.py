@@ -28,10 +28,10 @@ import http1
 import replication
 import serving
 from counter import AMOUNT_MAX, Delta, increment_id, new_replica
-from counter_server import Node, parse_arguments
+from counter_server import BODY_MAX, Node, parse_arguments
 from peers import Sender
 from replication import Message
-from serving import BODY_MAX, CLIENT, Connection
+from serving import CLIENT, RESERVE_MAX, Connection
 
 NOBODYS_ID = "00000000-0000-8000-8000-000000000001"  # an increment that never arrives
 
@@ -138,7 +138,12 @@ def replies_to_pieces(node, *pieces):
 def gossip_request(node, *deltas):
     """Return the bytes with which a peer that nobody can dial pushes those deltas."""
     body = replication.encode(Message(Sender(new_replica(), None, 1, False), None, None, None, None, list(deltas)))
-    return request("POST", replication.PATH, f"{replication.SIGNATURE}: {node.signer.request(body)}", body=body)
+    signature = node.signer.request(body)
+    signatures = {
+        replication.SIGNATURE: signature,
+        replication.LENGTH_SIGNATURE: node.signer.length(signature, len(body)),
+    }
+    return request("POST", replication.PATH, *map(": ".join, signatures.items()), body=body)
 
 
 def next_id(node):
@@ -812,6 +817,14 @@ def test_http_1_0_can_keep_alive(client):
     assert client.is_over()
 
 
+def test_http_1_0_is_told_one_thing_about_its_connection(client):
+    """Also where it asks to keep alive what cannot be."""
+    client.send(
+        request("POST", "/increment", "Connection: keep-alive", f"Content-Length: {BODY_MAX + 1}", version="1.0")
+    )
+    assert closes_with(client, 413).headers["connection"] == "close"
+
+
 def test_pipelined_requests_are_answered_in_order(client):
     """Many sent at once, some with a body, each get their answer."""
     names = [f"pipelined-{number % 3}" for number in range(60)]
@@ -1144,6 +1157,29 @@ def test_a_node_that_cannot_accept_says_so_and_goes_on(start_local, connect, cap
     ]
 
 
+def test_a_node_that_can_start_no_further_thread_makes_room_to_be_watched(start_local, connect, caplog, monkeypatch):
+    """As many clients as there are connections in reserve have to go, and it is a line in the log."""
+    node, start = start_local(), threading.Thread.start
+    clients = [connect(node) for _ in range(RESERVE_MAX + 2)]
+    assert all(client.ask("GET", "/count").status == 200 for client in clients)
+
+    def start_if_there_is_room(thread):
+        if len(serving_threads()) >= len(clients):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_if_there_is_room)
+    assert connect(node).is_over()
+    wait_until(lambda: node.server.connections()[CLIENT] == 2)
+    watcher = connect(node)
+    watcher.send(request("GET", "/healthz"))
+    assert watcher.read().status == 200
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
+        "connection refused: no thread could be started",
+        "clients are sent away: all of --max-connections are taken, max=2",
+    ]
+
+
 def test_a_peer_is_served_however_many_clients_there_are(full, connect):
     """It takes no client's place, may stay, and what it tells is counted."""
     node, clients = full
@@ -1162,20 +1198,29 @@ def test_a_peer_is_served_however_many_clients_there_are(full, connect):
     closes_with(third, 503)
 
 
-def test_large_messages_are_read_a_few_at_a_time(start_local, connect, monkeypatch):
-    """Whoever only says that one is coming makes other large ones wait, but no small one."""
-    monkeypatch.setattr(serving, "LARGE", 1000)
-    monkeypatch.setattr(serving, "LARGE_AT_ONCE", 1)
+def test_a_long_message_is_not_read_unless_a_peer_vouches_for_it(client, connect, node):
+    """Or anybody could fill the memory: only all of a body shows whether it was signed."""
+    for length_signature in ("", node.signer.length("", 70_001)):
+        stranger = connect(node)
+        header = f"{replication.LENGTH_SIGNATURE}: {length_signature}"
+        stranger.send(request("POST", replication.PATH, "Content-Length: 70000", header))
+        closes_with(stranger, 401)
+    totals = {f"{'x' * 50}{number}": (number, 1) for number in range(1, 2001)}
+    client.send(message := gossip_request(node, Delta(new_replica(), 0, 2000, totals)))
+    assert len(message) > replication.BODY_UNPROVEN
+    assert client.read().status == 200
+    assert client.count("x" * 50 + "2000") == 1
+
+
+def test_a_node_vouches_for_its_long_messages(start_local):
+    """One that nobody can dial hands over all it counted with its own requests."""
     node = start_local()
-    liar, large, small = connect(node), connect(node), connect(node)
-    liar.send(request("POST", replication.PATH, "Content-Length: 1001") + b"x")
-    wait_until(lambda: not node.server.large_messages.acquire(blocking=False) or node.server.large_messages.release())
-    large.send(gossip_request(node, Delta(new_replica(), 0, 50, {f"{'x' * 20}{i}": (i, 1) for i in range(1, 51)})))
-    small.send(gossip_request(node))
-    assert small.read().status == 200
-    assert not select.select([large.socket], [], [], 0)[0]
-    liar.close()
-    assert large.read().status == 200
+    sender = start_local("--peers", f"127.0.0.1:{node.port}", "--advertise", "127.0.0.1:1")
+    for number in range(2000):
+        sender.counter.increment(f"{'x' * 50}{number}")
+    sender.replicator.wake()
+    wait_until(lambda: node.counter.vector() == sender.counter.vector())
+    assert sender.replicator.traffic.numbers()["bytes_sent"] > replication.BODY_UNPROVEN
 
 
 def test_a_peer_that_came_as_a_client_makes_room_for_one(full, connect):
@@ -1185,6 +1230,18 @@ def test_a_peer_that_came_as_a_client_makes_room_for_one(full, connect):
     assert clients[0].read().status == 200
     assert connect(node).ask("GET", "/count").status == 200
     assert clients[0].ask("GET", "/count").status == 200
+
+
+def test_a_peer_that_came_on_a_connection_in_reserve_may_be_silent(full, connect, monkeypatch):
+    """It is not to need a place in the reserve again for every heartbeat."""
+    monkeypatch.setattr(serving, "RESERVE_TIMEOUT_S", 0.05)
+    node, _ = full
+    peer = connect(node)
+    peer.send(gossip_request(node))
+    assert peer.read().status == 200
+    assert not select.select([peer.socket], [], [], 0.3)[0]
+    peer.send(gossip_request(node))
+    assert peer.read().status == 200
 
 
 def test_silent_clients_do_not_keep_a_peer_out(full, connect, monkeypatch):

@@ -6,7 +6,7 @@ import logging
 import pytest
 from conftest import wait_until
 
-from logs import JsonFormatter
+from logs import JsonFormatter, TextFormatter
 
 
 def line(message, *arguments, level=logging.INFO, exc_info=None):
@@ -42,6 +42,14 @@ def test_a_traceback_is_part_of_its_line():
         raise ZeroDivisionError
     fields = line("failed", exc_info=(raised.type, raised.value, raised.tb))
     assert "ZeroDivisionError" in fields["exception"]
+
+
+def test_nobody_else_can_begin_a_line_of_the_log():
+    """What a peer answered may be part of a message, before it is known whether it is one."""
+    record = logging.LogRecord(
+        "counter.test", logging.INFO, __file__, 1, "error=%s", ("a\r\nb\x1b[2K\x85\u2028ä",), None
+    )
+    assert TextFormatter("%(message)s").format(record) == "error=a\\r\\nb\\x1b[2K\\x85\\u2028ä"
 
 
 def test_a_node_logs_json_from_its_first_line_to_its_last(start_node):

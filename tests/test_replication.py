@@ -591,6 +591,32 @@ def test_a_node_that_takes_more_than_it_sent_for_its_own_is_cloned(caplog):
     assert "cloned" in caplog.text
 
 
+def test_who_waits_for_acks_is_woken_by_what_it_waits_for_only(monkeypatch):
+    """Hundreds may wait while hundreds of answers arrive in a second."""
+    node, looked, reached = Half(), threading.Semaphore(0), []
+    links = [node.meet(AT_A, A), node.meet(AT_B, B)]
+    node.counter.increment("x")
+    active = node.table.active
+    monkeypatch.setattr(node.table, "active", lambda: looked.release() or active())
+    waiting = threading.Thread(target=lambda: reached.append(node.gossip.wait_for_acks(ME, 1, 3, time.monotonic, 30)))
+    waiting.start()
+    assert looked.acquire(timeout=10)
+
+    def confirm(link, id, address):
+        node.gossip.swept([address], [], 1.0)
+        assert node.gossip.take(1.0) is link
+        node.gossip.answered(link, node.gossip.request(link, 1.0), answer({ME: 1}, id, address), 1.0)
+
+    confirm(links[0], A, AT_A)
+    assert looked.acquire(timeout=10)
+    confirm(links[0], A, AT_A)
+    assert not any(event.is_set() for event in node.gossip._awaited)
+    confirm(links[1], B, AT_B)
+    waiting.join(10)
+    assert reached == [3]
+    assert not node.gossip._awaited
+
+
 def test_draining_hands_over_to_the_successor_of_a_peer():
     """Which it meets only while it drains."""
     node, successor = Half(), Half(B, AT_A)
