@@ -364,11 +364,12 @@ class Counter:
         to a snapshot.  What was counted so far stays, as the past of a foreign replica.
         """
         replica = self._replica
-        if not known.get(replica, 0) > self._applied.get(replica, 0):
-            return False
-        fresh = new_replica()
+        return known.get(replica, 0) > self._applied.get(replica, 0) and self.renew(replica)
+
+    def renew(self, replica):
+        """Draw a new replica id if this one is the present one; return whether it was."""
         with self._lock:
             if self._replica != replica:
                 return False  # another thread has done it
-            self._replica = fresh
+            self._replica = new_replica()
             return True

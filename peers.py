@@ -152,12 +152,18 @@ class PeerTable:
         self._answered = {}  # address -> the id that last answered there directly
         self._gone = OrderedDict()  # id -> the beat above which it may return: NEVER, or its last
         self._left = {}  # id that said leave -> until when to pass that on
+        self._disowned = False  # somebody has left under the own id
         self._seeds = [_Seed(name) for name in dict.fromkeys(seeds)]
         self._swept = None
 
     @property
     def address(self):
         return self._address
+
+    @property
+    def disowned(self):
+        """Whether somebody left under the id of this node: a clone, or itself before it was set back."""
+        return self._disowned
 
     def advertise(self, address):
         """Say under which address this node can be reached, unless that is known already."""
@@ -168,7 +174,7 @@ class PeerTable:
         """Take on a new replica id; the old one may be that of another node, which goes on under it."""
         with self._lock:
             self._forget_locked(self._id, self._beat)
-            self._id = replica
+            self._id, self._disowned = replica, False
 
     def leave(self):
         """Say from now on, in every message, that this node is leaving."""
@@ -274,7 +280,7 @@ class PeerTable:
         self._swept = now
         if late_s > 0:
             for peer in self._peers.values():
-                peer.heard += late_s
+                peer.heard = min(now, peer.heard + late_s)  # some were heard again before this sweep
 
     def _beats_locked(self, silent, probes):
         """Return the addresses of the peers that get a heartbeat in this sweep, beside that many probes.
@@ -357,6 +363,7 @@ class PeerTable:
             for news in view.peers:
                 if news[2] > beat_of(news[0], -1):
                     self._rumour_locked(news, now, contact, changes)
+            self._disowned = self._disowned or (self._id in view.left and not self._leaving)
             for id in view.left:
                 self._departure_locked(id, now, changes)
             contact = [address for address in dict.fromkeys(contact) if address != self._address]
@@ -370,6 +377,8 @@ class PeerTable:
         peer = self._peers.get(sender.id)
         known_beat = self._beat_of[sender.id] if peer else self._gone.get(sender.id, -1)
         address = sender.address or answered_at
+        if known_beat == NEVER and not sender.leaving:
+            self._left[sender.id] = now + LEFT_NEWS_TIMEOUTS * self._timeout_s  # for the sender to hear of
         if known_beat == NEVER or not address or not (answered_at or sender.beat > known_beat):
             return
         if peer is None:
@@ -380,7 +389,8 @@ class PeerTable:
         if peer.state == ACTIVE:
             self._news[peer.place] = self._news_of_locked(peer)
             return
-        if not answered_at and self._answered.get(address, peer.id) != peer.id:
+        owner = self._peers.get(self._answered.get(address))
+        if not answered_at and owner and owner is not peer and owner.state == ACTIVE:
             contact.append(address)  # somebody else answered there: who does now?
             return
         changes.append(Change("back" if peer.state == LOST else "joined", peer.id, peer.address))

@@ -406,11 +406,20 @@ class Gossip:
 
     def _take_locked(self, now):
         due = [link for link in self._pending if link.due <= now and not link.in_flight]
-        if sum(link.in_flight and link.doubtful() for link in self._pending) >= self._doubtful_max:
+        doubtful = [link for link in self._pending if link.in_flight and link.doubtful()]
+        if len(doubtful) >= self._doubtful_max:
             due = [link for link in due if not link.doubtful()]
         if not due:
             return None
-        link = min(due, key=lambda link: (link.doubtful(), link.due))
+        # The dead, if they are many, must not keep an active peer that once did not answer from being
+        # asked again, nor must such peers keep the dead from being tried: each has a send of its own.
+        asked = any(link in self._pushed for link in doubtful)
+        several = self._doubtful_max > 1
+
+        def rank(link):
+            return link.doubtful() + (several and link.doubtful() and (link in self._pushed) == asked), link.due
+
+        link = min(due, key=rank)
         link.in_flight, link.due, link.started = True, NEVER, now
         if not link.compare:
             link.pushed = now
@@ -579,8 +588,9 @@ class Gossip:
 
     def _merge(self, message, now):
         """Merge the deltas of a message; return whether anything was new."""
-        merged = [self._counter.merge(delta, now) for delta in message.deltas]
-        if any(self._counter.renew_if_cloned(known) for known in (message.applied, message.confirms) if known):
+        merged, replica = [self._counter.merge(delta, now) for delta in message.deltas], self._counter.replica
+        cloned = any(self._counter.renew_if_cloned(known) for known in (message.applied, message.confirms) if known)
+        if cloned or self._table.disowned and self._counter.renew(replica):
             log.error("replica id used twice, was this machine cloned? new id=%s", self._counter.replica)
             self._table.rename(self._counter.replica)
         return any(merged)
@@ -652,7 +662,10 @@ class Gossip:
         while True:
             # Some may leave as well, or turn out to have restarted, and then their successors are told.
             # Of those that are lost meanwhile, who lacks nothing is let go.
-            told.update(self._table.active())
+            new = dict(self._table.active()).items() - told.items()
+            if new:
+                told.update(new)
+                self.contact([address for _, address in new], clock())
             states = {id: state for id, _, state, _ in self._table.snapshot(clock()) if id in told}
             with self._lock:
                 links = [(self._link_locked(told[id]), state == LOST) for id, state in states.items()]

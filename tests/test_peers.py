@@ -244,6 +244,29 @@ def test_who_only_claims_the_address_of_another_is_asked_there_first(table):
     assert table.active() == [(A, AT_A)]
 
 
+def test_who_has_restarted_where_nobody_can_dial_it_is_taken_at_its_word(table):
+    """Its predecessor, which answered there, is lost, and nobody can ask who is there now."""
+    answer(table, A, AT_A)
+    sweep_through(table, 0, 8)
+    assert table.heard(says(B, AT_A, 1), NOBODY, 8.0) == ([], [Change("joined", B, AT_A)])
+
+
+def test_who_sends_under_an_id_that_has_left_is_told_so(table):
+    """It is a clone, or was set back to before it left."""
+    answer(table, A, AT_A)
+    table.heard(says(A, AT_A, 2, leaving=True), NOBODY, 0.0)
+    sweep_through(table, 1, 100)
+    assert table.describe()[1].left == []
+    table.heard(says(A, AT_A, 3), NOBODY, 101.0)
+    assert table.active() == []
+    assert table.describe()[1].left == [A]
+    clone = PeerTable(A, AT_A, [], INTERVAL_S, TIMEOUT_S, 8)
+    clone.heard(*table.describe(), 101.0)
+    assert clone.disowned
+    clone.rename(B)
+    assert not clone.disowned
+
+
 def test_two_addresses_of_one_id_are_one_peer_and_what_it_advertises_wins(table):
     answer(table, A, AT_A, at="localhost:80")
     answer(table, A, AT_A, at="[::1]:80")
@@ -313,6 +336,15 @@ def test_a_seed_where_somebody_answered_who_is_elsewhere_may_lead_to_another():
     table.resolved("balancer:80", ["10.9.9.9:80"])
     answer(table, A, AT_A, at="10.9.9.9:80")
     assert table.resolved("balancer:80", ["10.9.9.9:80"]) == ["10.9.9.9:80"]
+
+
+def test_a_late_sweep_forgives_no_more_than_its_own_lateness(table):
+    """Who is heard again between waking up and the first sweep has as much time as ever."""
+    answer(table, A, AT_A)
+    table.sweep(0.0)
+    answer(table, A, AT_A, now=60.0)
+    assert table.sweep(60.0).changes == []
+    assert sweep_through(table, 61, 67) == [Change("lost", A, AT_A)]
 
 
 def test_a_late_sweep_accuses_nobody(table):

@@ -377,6 +377,29 @@ def test_peers_that_failed_leave_workers_to_the_others():
     assert node.gossip.take(3.0) is not None
 
 
+def test_many_dead_do_not_keep_an_active_peer_waiting_nor_it_them():
+    """One that did not answer once is asked before all the dead, whatever their number, but not in place of them."""
+    node = Half(doubtful_max=2)
+    dead = [f"10.0.1.{number}:80" for number in range(20)]
+
+    def fail(addresses, now):
+        node.gossip.contact(addresses, now)
+        while link := node.gossip.take(now):
+            node.gossip.failed(link, OSError("no answer"), now)
+
+    fail(dead, 0.0)
+    for address, id in ((AT_A, A), (AT_B, B)):
+        node.meet(address, id, now=0.0)
+    fail([AT_A, AT_B], 1.0)
+    node.gossip.contact(dead, 20.0)
+    node.gossip.contact([AT_A, AT_B], 21.0)
+    first, second = node.gossip.take(30.0), node.gossip.take(30.0)
+    assert second.address in dead
+    assert node.gossip.take(30.0) is None
+    node.gossip.answered(first, node.gossip.request(first, 30.0), answer({}, first.peer, first.address), 30.0)
+    assert {first.address, node.gossip.take(30.0).address} == {AT_A, AT_B}
+
+
 def test_only_some_peers_are_told_of_an_increment_at_once():
     node = Half(pushed_to=2)
     for number in range(5):
@@ -591,6 +614,23 @@ def test_a_node_that_takes_more_than_it_sent_for_its_own_is_cloned(caplog):
     assert "cloned" in caplog.text
 
 
+def test_a_node_under_whose_id_another_left_finds_a_new_one(caplog):
+    """Nobody would list it any more."""
+    node = Half()
+    node.gossip.receive(Message(A_SENDS, View([], [ME]), {}, None, None, []), 0.0)
+    assert node.counter.replica != ME
+    assert node.table.describe()[0].id == node.counter.replica
+    assert "cloned" in caplog.text
+
+
+def test_a_node_that_leaves_hears_that_it_leaves():
+    """And so nothing new."""
+    node = Half()
+    node.table.leave()
+    node.gossip.receive(Message(A_SENDS, View([], [ME]), {}, None, None, []), 0.0)
+    assert node.counter.replica == ME
+
+
 def test_who_waits_for_acks_is_woken_by_what_it_waits_for_only(monkeypatch):
     """Hundreds may wait while hundreds of answers arrive in a second."""
     node, looked, reached = Half(), threading.Semaphore(0), []
@@ -630,6 +670,23 @@ def test_draining_hands_over_to_the_successor_of_a_peer():
             talk(node, successor, taken, time.monotonic())
     assert drained == [True]
     assert successor.counter.value("x") == 1
+
+
+def test_draining_tells_who_joins_meanwhile():
+    """At once: in a large cluster its turn to get a heartbeat may come late."""
+    node, peers = Half(), {AT_A: Half(A, AT_A), AT_B: Half(B, AT_B)}
+    node.meet()
+    drained = []
+    thread = threading.Thread(target=lambda: drained.append(node.gossip.drain(time.monotonic, 20)))
+    thread.start()
+    wait_until(lambda: node.gossip._pending)
+    peers[AT_B].gossip.contact([AT_ME], 0.0)
+    talk(peers[AT_B], node, peers[AT_B].gossip.take(0.0), 0.0)
+    while thread.is_alive():
+        if taken := node.gossip.take(time.monotonic()):
+            talk(node, peers[taken.address], taken, time.monotonic())
+    assert drained == [True]
+    assert peers[AT_A].table.active() == peers[AT_B].table.active() == []
 
 
 def test_draining_gives_up_after_its_timeout():
