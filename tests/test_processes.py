@@ -437,8 +437,9 @@ def test_as_many_clients_are_served_as_there_may_be_open_files(start_node, limit
     assert ("fewer clients are served" in node.stderr()) == (served < 300)
     with contextlib.ExitStack() as stack:
         for _ in range(served):
-            assert node.ask("GET", "/count").status == 200
-            stack.enter_context(socket.create_connection(("127.0.0.1", node.port)))
+            client = http.client.HTTPConnection("127.0.0.1", node.port, timeout=10)
+            stack.enter_context(contextlib.closing(client)).request("GET", "/count")
+            assert Answer(client.getresponse()).status == 200
         assert node.ask("GET", "/count").status == 503
         assert node.ask("GET", "/healthz").status == 200
 
