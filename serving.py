@@ -260,13 +260,13 @@ class Server(ThreadingHTTPServer):
         self.api = api
         self.stopping = False
         self.requests = metrics.Requests()
-        self._clients_max = config.max_connections
-        # Guards the three below.  Held for dictionary work only, never together with another.
+        # Guards the four below.  Held for dictionary work only, never together with another.
         # Who waits on it waits for the end of a connection.
         self._changed = threading.Condition()
         self._open = {}  # thread -> (socket, kind of the connection it serves)
         self._numbers = {CLIENT: 0, PEER: 0, RESERVED: 0}  # of open connections
         self._full = False  # clients are sent away, which was logged
+        self._clients_max = config.max_connections  # or fewer, once there was no thread for as many
         # Used by the accepting thread alone, both of them.
         self._serial = itertools.count(1)
         self._complain_at = -math.inf  # when to say next that connections cannot be served
@@ -329,6 +329,8 @@ class Server(ThreadingHTTPServer):
     def _make_room(self):
         """Serve fewer clients from now on, so that there are threads for the connections in reserve."""
         with self._changed:
+            if self._numbers[CLIENT] > self._clients_max:
+                return  # those told to go are still going
             self._clients_max = max(1, self._numbers[CLIENT] - RESERVE_MAX)
             clients = [sock for sock, kind in self._open.values() if kind == CLIENT]
             for sock in clients[self._clients_max :]:
@@ -347,10 +349,10 @@ class Server(ThreadingHTTPServer):
         try:
             thread.start()
         except (RuntimeError, MemoryError):
-            self._complain("connection refused: no thread could be started")
             self._end(thread)
             self.shutdown_request(sock)
             self._make_room()
+            self._complain("no thread could be started: clients served from now on, max=%d", self._clients_max)
 
     def _admit(self):
         """Return the kind of a new connection, counted from now on; None if there is no place."""

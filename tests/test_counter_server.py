@@ -1175,7 +1175,7 @@ def test_a_node_that_can_start_no_further_thread_makes_room_to_be_watched(start_
     watcher.send(request("GET", "/healthz"))
     assert watcher.read().status == 200
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
-        "connection refused: no thread could be started",
+        "no thread could be started: clients served from now on, max=2",
         "clients are sent away: all of --max-connections are taken, max=2",
     ]
 
