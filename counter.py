@@ -84,7 +84,7 @@ def cancelling_replica(dot):
 
 
 def _with_ages(delta, now):
-    """Return a Delta as it is sent from what _delta_locked returns; a million keys take a second, so without the lock."""
+    """Return a Delta as it is sent from one of _delta_locked.  Without the lock: a million keys take a second."""
     keys = [
         # `now` may have been read before the key was accepted.
         (sequence, digest, name, amount, max(0.0, round(now - at, 3)))

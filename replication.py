@@ -412,12 +412,15 @@ class Gossip:
         if not due:
             return None
         # The dead, if they are many, must not keep an active peer that once did not answer from being
-        # asked again, nor must such peers keep the dead from being tried: each has a send of its own.
+        # asked again, nor must such peers keep the dead from being tried: each has a send of its own,
+        # where there are two.
         asked = any(link in self._pushed for link in doubtful)
-        several = self._doubtful_max > 1
 
         def rank(link):
-            return link.doubtful() + (several and link.doubtful() and (link in self._pushed) == asked), link.due
+            if not link.doubtful():
+                return 0, link.due
+            is_next = self._doubtful_max == 1 or (link in self._pushed) != asked
+            return 1 if is_next else 2, link.due
 
         link = min(due, key=rank)
         link.in_flight, link.due, link.started = True, NEVER, now
@@ -586,6 +589,10 @@ class Gossip:
             if before.get(replica, 0) < sequence <= confirmed.get(replica, 0):
                 event.set()
 
+    def _wake_all_locked(self):
+        for event in self._awaited:
+            event.set()
+
     def _merge(self, message, now):
         """Merge the deltas of a message; return whether anything was new."""
         merged, replica = [self._counter.merge(delta, now) for delta in message.deltas], self._counter.replica
@@ -601,8 +608,7 @@ class Gossip:
         if changes:
             log_changes(changes)
             with self._lock:
-                for event in self._awaited:
-                    event.set()  # a peer that is back counts again
+                self._wake_all_locked()  # a peer that is back counts again
                 self._confirming.notify_all()  # nobody is to wait for a peer that is gone
                 gone = {change.address for change in changes if change.what in ("left", "restarted")}
                 full = len(self._pushed) == self._pushed_to and all(link.address not in gone for link in self._pushed)
@@ -649,8 +655,7 @@ class Gossip:
         """Let everyone go who waits for acks, now and from now on: the node is stopping."""
         with self._lock:
             self._impatient = True
-            for event in self._awaited:
-                event.set()
+            self._wake_all_locked()
 
     def drain(self, clock, timeout_s):
         """Tell all active peers everything and that this node leaves; return whether all confirmed."""
