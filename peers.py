@@ -152,7 +152,7 @@ class PeerTable:
         self._answered = {}  # address -> the id that last answered there directly
         self._gone = OrderedDict()  # id -> the beat above which it may return: NEVER, or its last
         self._left = {}  # id that said leave -> until when to pass that on
-        self._disowned = False  # somebody has left under the own id
+        self._disowned = None  # the own id, once somebody has left under it
         self._seeds = [_Seed(name) for name in dict.fromkeys(seeds)]
         self._swept = None
 
@@ -162,7 +162,7 @@ class PeerTable:
 
     @property
     def disowned(self):
-        """Whether somebody left under the id of this node: a clone, or itself before it was set back."""
+        """The id of this node if somebody left under it: a clone, or itself before it was set back; else None."""
         return self._disowned
 
     def advertise(self, address):
@@ -174,7 +174,7 @@ class PeerTable:
         """Take on a new replica id; the old one may be that of another node, which goes on under it."""
         with self._lock:
             self._forget_locked(self._id, self._beat)
-            self._id, self._disowned = replica, False
+            self._id, self._disowned = replica, None
 
     def leave(self):
         """Say from now on, in every message, that this node is leaving."""
@@ -363,7 +363,8 @@ class PeerTable:
             for news in view.peers:
                 if news[2] > beat_of(news[0], -1):
                     self._rumour_locked(news, now, contact, changes)
-            self._disowned = self._disowned or (self._id in view.left and not self._leaving)
+            if self._id in view.left and not self._leaving:
+                self._disowned = self._id
             for id in view.left:
                 self._departure_locked(id, now, changes)
             contact = [address for address in dict.fromkeys(contact) if address != self._address]

@@ -595,9 +595,9 @@ class Gossip:
 
     def _merge(self, message, now):
         """Merge the deltas of a message; return whether anything was new."""
-        merged, replica = [self._counter.merge(delta, now) for delta in message.deltas], self._counter.replica
+        merged = [self._counter.merge(delta, now) for delta in message.deltas]
         cloned = any(self._counter.renew_if_cloned(known) for known in (message.applied, message.confirms) if known)
-        if cloned or self._table.disowned and self._counter.renew(replica):
+        if cloned or self._counter.renew(self._table.disowned):
             log.error("replica id used twice, was this machine cloned? new id=%s", self._counter.replica)
             self._table.rename(self._counter.replica)
         return any(merged)

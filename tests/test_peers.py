@@ -262,7 +262,7 @@ def test_who_sends_under_an_id_that_has_left_is_told_so(table):
     assert table.describe()[1].left == [A]
     clone = PeerTable(A, AT_A, [], INTERVAL_S, TIMEOUT_S, 8)
     clone.heard(*table.describe(), 101.0)
-    assert clone.disowned
+    assert clone.disowned == A
     clone.rename(B)
     assert not clone.disowned
 
