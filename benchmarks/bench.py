@@ -453,7 +453,7 @@ def interrupt(*_):
 def main():
     """Measure and report; return the exit status: 1 if a figure failed, 130 if interrupted."""
     options = parse_arguments()
-    by_wrk = options.load == "wrk" or options.load == "auto" and shutil.which("wrk")
+    by_wrk = options.load == "wrk" or (options.load == "auto" and shutil.which("wrk"))
     options.load = load_by_wrk if by_wrk else load_by_sockets
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)

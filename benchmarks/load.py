@@ -110,7 +110,7 @@ def load_by_sockets(ports, connections, request, seconds=LOAD_MAX_S, requests=No
                 results.append(pipe.recv())
     if len(results) < number:
         raise Failed("a process of the load died")
-    started, ended, in_flight, latencies, errors = zip(*results)
+    started, ended, in_flight, latencies, errors = zip(*results, strict=False)
     if any(errors):
         raise Failed(next(filter(None, errors)))
     latencies_s = sorted(itertools.chain(*latencies))
@@ -181,7 +181,7 @@ def load_by_wrk(ports, connections, request, seconds):
     found = [re.search(r"^LOAD (.+)$", output, re.MULTILINE) for output in outputs]
     if not all(found):
         raise Failed(f"wrk: {outputs}")
-    answers, us, refused, broken, p50_us, p99_us = zip(*(map(int, match[1].split()) for match in found))
+    answers, us, refused, broken, p50_us, p99_us = zip(*(map(int, match[1].split()) for match in found), strict=False)
     if any(refused):
         raise Failed(f"wrk: {sum(refused)} answers were not good ones")
     in_flight = connections * len(ports) + sum(broken)

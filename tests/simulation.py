@@ -10,8 +10,9 @@ import itertools
 import random
 
 from counter import Counter, cancelling_replica, new_replica
+from counter.wire import decode, encode
+from gossip import Gossip
 from peers import PeerTable
-from replication import Gossip, decode, encode
 
 INTERVAL_S, TIMEOUT_S = 1.0, 5.0  # the defaults of the command line
 READ_TIMEOUT_S = 1.0

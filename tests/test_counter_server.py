@@ -24,14 +24,11 @@ import urllib3
 from conftest import PROJECT, wait_until
 
 import counter_server
-import http1
-import replication
-import serving
-from counter import AMOUNT_MAX, Delta, increment_id, new_replica
-from counter_server import BODY_MAX, Node, parse_arguments
-from peers import Sender
-from replication import Message
-from serving import CLIENT, RESERVE_MAX, Connection
+from counter import AMOUNT_MAX, Delta, http1, increment_id, new_replica, serving, wire
+from counter.config import parse_arguments
+from counter.serving import CLIENT, RESERVE_MAX, Connection
+from counter.wire import Message, Sender
+from counter_server import BODY_MAX, Node
 
 NOBODYS_ID = "00000000-0000-8000-8000-000000000001"  # an increment that never arrives
 
@@ -137,13 +134,13 @@ def replies_to_pieces(node, *pieces):
 
 def gossip_request(node, *deltas):
     """Return the bytes with which a peer that nobody can dial pushes those deltas."""
-    body = replication.encode(Message(Sender(new_replica(), None, 1, False), None, None, None, None, list(deltas)))
+    body = wire.encode(Message(Sender(new_replica(), None, 1, False), None, None, None, None, list(deltas)))
     signature = node.signer.request(body)
     signatures = {
-        replication.SIGNATURE: signature,
-        replication.LENGTH_SIGNATURE: node.signer.length(signature, len(body)),
+        wire.SIGNATURE: signature,
+        wire.LENGTH_SIGNATURE: node.signer.length(signature, len(body)),
     }
-    return request("POST", replication.PATH, *map(": ".join, signatures.items()), body=body)
+    return request("POST", wire.PATH, *map(": ".join, signatures.items()), body=body)
 
 
 def next_id(node):
@@ -695,7 +692,7 @@ def test_an_unknown_path_is_404(client, path, method):
 PATHS = [
     ("/increment", {"POST", "OPTIONS"}),
     ("/increment/x", {"POST", "OPTIONS"}),
-    (replication.PATH, {"POST", "OPTIONS"}),
+    (wire.PATH, {"POST", "OPTIONS"}),
     ("/count", {"GET", "HEAD", "OPTIONS"}),
     ("/count/x", {"GET", "HEAD", "OPTIONS"}),
     ("/increments/x", {"GET", "HEAD", "OPTIONS"}),
@@ -716,7 +713,7 @@ def test_a_wrong_method_is_405(client, path, allowed):
         assert client.ask("HEAD", path).status == 405
 
 
-@pytest.mark.parametrize(("path", "allowed"), PATHS + [("*", {"GET", "HEAD", "POST", "OPTIONS"})])
+@pytest.mark.parametrize(("path", "allowed"), [*PATHS, ("*", {"GET", "HEAD", "POST", "OPTIONS"})])
 def test_options_are_told(client, path, allowed):
     """204 without content and with Allow."""
     reply = client.ask("OPTIONS", path)
@@ -761,8 +758,8 @@ def test_head_says_how_long_the_body_would_be(client):
 def test_what_is_no_gossip_is_refused(client, node):
     """A message that is signed, but damaged, changes nothing."""
     for body in (b"x", b"{}", b"[" * 60_000):
-        signature = f"{replication.SIGNATURE}: {node.signer.request(body)}"
-        problem(client.ask("POST", replication.PATH, signature, body=body), 400)
+        signature = f"{wire.SIGNATURE}: {node.signer.request(body)}"
+        problem(client.ask("POST", wire.PATH, signature, body=body), 400)
 
 
 def test_a_bug_costs_one_connection(client, connect, node, monkeypatch, caplog):
@@ -829,7 +826,9 @@ def test_pipelined_requests_are_answered_in_order(client):
     """Many sent at once, some with a body, each get their answer."""
     names = [f"pipelined-{number % 3}" for number in range(60)]
     bodies = [b"", b'{"amount": 2}'] * 30
-    client.send(b"".join(request("POST", f"/increment/{name}", body=body) for name, body in zip(names, bodies)))
+    client.send(
+        b"".join(request("POST", f"/increment/{name}", body=body) for name, body in zip(names, bodies, strict=False))
+    )
     assert [client.read().json()["name"] for _ in names] == names
 
 
@@ -1191,7 +1190,7 @@ def test_a_peer_is_served_however_many_clients_there_are(full, connect):
         peer.send(gossip_request(node, Delta(replica, sequence - 1, sequence, totals)))
         reply = peer.read()
         assert reply.status == 200
-        assert replication.decode(reply.body).confirms == {replica: sequence}
+        assert wire.decode(reply.body).confirms == {replica: sequence}
     assert clients[0].count("default") == 60
     third = connect(node)
     third.send(request("GET", "/count"))
@@ -1202,12 +1201,12 @@ def test_a_long_message_is_not_read_unless_a_peer_vouches_for_it(client, connect
     """Or anybody could fill the memory: only all of a body shows whether it was signed."""
     for length_signature in ("", node.signer.length("", 70_001)):
         stranger = connect(node)
-        header = f"{replication.LENGTH_SIGNATURE}: {length_signature}"
-        stranger.send(request("POST", replication.PATH, "Content-Length: 70000", header))
+        header = f"{wire.LENGTH_SIGNATURE}: {length_signature}"
+        stranger.send(request("POST", wire.PATH, "Content-Length: 70000", header))
         closes_with(stranger, 401)
     totals = {f"{'x' * 50}{number}": (number, 1) for number in range(1, 2001)}
     client.send(message := gossip_request(node, Delta(new_replica(), 0, 2000, totals)))
-    assert len(message) > replication.BODY_UNPROVEN
+    assert len(message) > wire.BODY_UNPROVEN
     assert client.read().status == 200
     assert client.count("x" * 50 + "2000") == 1
 
@@ -1220,7 +1219,7 @@ def test_a_node_vouches_for_its_long_messages(start_local):
         sender.counter.increment(f"{'x' * 50}{number}")
     sender.replicator.wake()
     wait_until(lambda: node.counter.vector() == sender.counter.vector())
-    assert sender.replicator.traffic.numbers()["bytes_sent"] > replication.BODY_UNPROVEN
+    assert sender.replicator.traffic.numbers()["bytes_sent"] > wire.BODY_UNPROVEN
 
 
 def test_a_peer_that_came_as_a_client_makes_room_for_one(full, connect):

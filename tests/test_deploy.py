@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import PROJECT, require_tools
 
-from counter_server import parse_arguments
+from counter.config import parse_arguments
 
 DEPLOY = PROJECT / "deploy"
 UNIT = DEPLOY / "counter-server.service"
@@ -114,10 +114,11 @@ def test_the_image_has_what_the_project_is_made_of():
     setup.read(PROJECT / "setup.cfg")
     modules = {path.stem for path in PROJECT.glob("*.py")}
     assert set(setup["options"]["py_modules"].split()) == modules
-    assert setup["options"]["packages"].split() == [path.parent.name for path in PROJECT.glob("*/__init__.py")]
-    pages = {path.name for path in Path(PROJECT, "dashboard").glob("*.html")}
-    assert set(setup["options.package_data"]["dashboard"].split()) == pages
+    packages = [path.parent.relative_to(PROJECT) for path in PROJECT.glob("counter/**/__init__.py")]
+    assert set(setup["options"]["packages"].split()) == {".".join(path.parts) for path in packages}
+    pages = {path.name for path in Path(PROJECT, "counter/dashboard").glob("*.html")}
+    assert set(setup["options.package_data"]["counter.dashboard"].split()) == pages
     sent = set((PROJECT / ".dockerignore").read_text().split())
-    assert sent >= {"!*.py", "!dashboard", "!setup.cfg", "!pyproject.toml", "!README.md", "!LICENSE"}
+    assert sent >= {"!*.py", "!counter", "!setup.cfg", "!pyproject.toml", "!README.md", "!LICENSE"}
     entry = setup["options.entry_points"]["console_scripts"].split()[0]
     assert f'ENTRYPOINT ["{entry}"]' in (DEPLOY / "Dockerfile").read_text()

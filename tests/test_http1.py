@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import http1
-from http1 import HEAD_LINES_MAX, HEAD_MAX, LINE_MAX, Head, Refused, decode_component, parse_head, parse_query
+from counter import http1
+from counter.http1 import HEAD_LINES_MAX, HEAD_MAX, LINE_MAX, Head, Refused, decode_component, parse_head, parse_query
 
 
 def head(*headers, line=b"GET /count HTTP/1.1"):

@@ -6,7 +6,7 @@ import logging
 import pytest
 from conftest import wait_until
 
-from logs import JsonFormatter, TextFormatter
+from counter.logs import JsonFormatter, TextFormatter
 
 
 def line(message, *arguments, level=logging.INFO, exc_info=None):

@@ -9,9 +9,9 @@ import pytest
 from conftest import PROJECT, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
-import metrics
+from counter import exposition
+from counter.metrics import BUCKETS_S, TIMED_ONE_IN, Requests, Tally
 from counter_server import Node, parse_arguments
-from metrics import BUCKETS_S, TIMED_ONE_IN, Requests, Tally
 
 OK, NOT_FOUND = b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 404 Not Found\r\n\r\n"
 
@@ -50,7 +50,7 @@ def samples(text):
 def scrape(connection):
     response, text = ask(connection, "GET", "/metrics")
     assert response.status == 200
-    assert response.headers["Content-Type"] == metrics.CONTENT_TYPE
+    assert response.headers["Content-Type"] == exposition.CONTENT_TYPE
     return samples(text)
 
 
@@ -95,7 +95,7 @@ def test_what_is_counted_is_exposed(connect):
 
 def test_only_so_many_counters_are_exposed_one_by_one(connect, node, monkeypatch):
     """The first by name; all of them are in the number of counters."""
-    monkeypatch.setattr(metrics, "NAMED_MAX", 3)
+    monkeypatch.setattr(exposition, "NAMED_MAX", 3)
     for name in "edcba":
         node.counter.increment(name)
     found = scrape(connect())

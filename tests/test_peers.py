@@ -7,6 +7,8 @@ import threading
 
 import pytest
 
+from counter.addresses import join_address, parse_address, split_address
+from counter.wire import Sender, View
 from peers import (
     ACTIVE,
     LOST,
@@ -15,11 +17,6 @@ from peers import (
     Change,
     Heartbeat,
     PeerTable,
-    Sender,
-    View,
-    join_address,
-    parse_address,
-    split_address,
 )
 
 ME, A, B, C = (f"{letter * 8}-{letter * 4}-8{letter * 3}" for letter in "fabc")
@@ -176,9 +173,9 @@ def test_gossip_about_a_lost_peer_has_it_asked_but_not_believed(table):
 def test_lost_peers_are_probed_for_ever_at_intervals_that_grow(table):
     answer(table, A, AT_A)
     probes = [now for now in range(1000) if table.sweep(float(now)).contact == [AT_A] and now > TIMEOUT_S]
-    gaps = [after - before for before, after in zip(probes, probes[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(probes)]
     assert gaps[0] <= 2
-    assert 8 <= min(gaps[10:])
+    assert min(gaps[10:]) >= 8
     assert max(gaps) <= 10
     assert probes[-1] > 980
 
@@ -290,7 +287,7 @@ def test_a_seed_that_led_to_oneself_may_lead_to_another_node_later():
     table = new_table(seeds=["balancer:80"])
     table.resolved("balancer:80", ["10.9.9.9:80"])
     answer(table, ME, AT_ME, at="10.9.9.9:80")
-    assert any([table.sweep(float(now)).seeds for now in range(20)])
+    assert any(table.sweep(float(now)).seeds for now in range(20))
     assert table.resolved("balancer:80", ["10.9.9.9:80"]) == ["10.9.9.9:80"]
     answer(table, A, AT_A, at="10.9.9.9:80")
     assert table.active() == [(A, AT_A)]
@@ -312,7 +309,7 @@ def test_a_seed_is_tried_until_it_is_met_and_again_once_it_is_lost():
     assert tries[0] == 0
     assert 5 < len([now for now in tries if now < 30]) < 15
     assert not [now for now in tries if 30 <= now <= 35]
-    assert [now for now in tries if now > 35][0] == 36
+    assert next(now for now in tries if now > 35) == 36
 
 
 def test_a_seed_that_was_met_is_looked_up_now_and_then():

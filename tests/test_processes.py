@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import PROJECT, Answer, wait_until
 
-from serving import DESCRIPTORS_BESIDE
+from counter.serving import DESCRIPTORS_BESIDE
 
 NO_LATE_RETRY = ("--retry-backoff-max", "0.1")  # seconds; a lost peer is found by probing it, or not at all
 

@@ -5,7 +5,7 @@ import subprocess
 
 from conftest import PROJECT, require_tools, wait_until
 
-from counter_server import parse_arguments
+from counter.config import parse_arguments
 
 README = (PROJECT / "README.md").read_text()
 

@@ -22,9 +22,8 @@ import threading
 import time
 from http.server import ThreadingHTTPServer
 
-import http1
-import metrics
-from http1 import Refused, unavailable
+from counter import http1, metrics
+from counter.http1 import Refused, unavailable
 
 log = logging.getLogger("counter.serving")
 
@@ -124,7 +123,7 @@ class Connection(socketserver.BaseRequestHandler):
             send(response)
 
     def _is_to_end(self):
-        return self.kind == RESERVED or self.server.stopping and self.kind != PEER
+        return self.kind == RESERVED or (self.server.stopping and self.kind != PEER)
 
     def _answer_next(self):
         """Read a request; return (response, keep alive, action).
@@ -161,7 +160,7 @@ class Connection(socketserver.BaseRequestHandler):
             self._received = self._received.removeprefix(b"\r\n")  # RFC 9112 section 2.2
             raw, end, rest = self._received.partition(b"\r\n\r\n")
             # Up to 3 bytes of the end of the head, or 1 of the line's, may be among them.
-            if end or len(raw) > http1.HEAD_MAX + 3 or b"\r\n" not in raw and len(raw) > http1.LINE_MAX + 1:
+            if end or len(raw) > http1.HEAD_MAX + 3 or (b"\r\n" not in raw and len(raw) > http1.LINE_MAX + 1):
                 break
             self._receive_by(deadline, "the head of the request took too long")
         head = http1.parse_head(raw)

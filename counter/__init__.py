@@ -1,0 +1,37 @@
+"""The parts of a counter node, a file per concern; none of them imports from outside this package."""
+
+from counter.state import (
+    AMOUNT_MAX,
+    NAME,
+    REPLICA,
+    SEQUENCE_MAX,
+    Counter,
+    Delta,
+    KeyReused,
+    TooManyCounters,
+    TooManyKeys,
+    cancelling_replica,
+    increment_id,
+    key_digest,
+    new_replica,
+    parse_increment_id,
+)
+
+__version__ = "1.0.0"
+
+__all__ = [
+    "AMOUNT_MAX",
+    "NAME",
+    "REPLICA",
+    "SEQUENCE_MAX",
+    "Counter",
+    "Delta",
+    "KeyReused",
+    "TooManyCounters",
+    "TooManyKeys",
+    "cancelling_replica",
+    "increment_id",
+    "key_digest",
+    "new_replica",
+    "parse_increment_id",
+]

@@ -1,0 +1,175 @@
+"""The command line, checked."""
+
+import argparse
+import ipaddress
+import os
+import re
+import socket
+from dataclasses import dataclass
+
+from counter import __version__
+from counter.addresses import parse_address
+
+_ORIGIN = re.compile(
+    r"(?!https://.*:443\Z|http://.*:80\Z)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?\Z"
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the command line sets; times are in seconds."""
+
+    port: int
+    host: str
+    advertise: str  # HOST:PORT, or None: derived from the listening address
+    peers: tuple  # of HOST:PORT
+    heartbeat_interval: float
+    peer_timeout: float
+    join_timeout: float
+    fanout: int
+    retry_backoff: float
+    retry_backoff_max: float
+    retry_workers: int
+    drain_timeout: float
+    max_connections: int
+    max_counters: int
+    idempotency_window: float
+    max_idempotency_keys: int
+    cors_origin: tuple  # of origins whose pages may use this node; "*" is any
+    secret: bytes  # b"" without --secret-file
+    cluster: str
+    log_level: str
+    log_format: str
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and shows help as the user wrote it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        # "default: None" tells nobody anything.
+        says = isinstance(action.default, (str, int, float)) and action.default is not False
+        return super()._get_help_string(action) if says else action.help
+
+
+def parse_arguments(arguments):
+    """Return the Config of a command line; SystemExit with status 2 and one line if it is wrong."""
+    parser = _Parser(
+        prog="counter_server.py",
+        description="A node of a distributed in-memory counter. Times are in seconds, fractions allowed.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    listen = parser.add_argument_group("listening").add_argument
+    listen("--port", type=_integer(0, 65535), default=8080, metavar="N", help="port to listen on; 0 takes a free one")
+    listen("--host", default="127.0.0.1", help="address to listen on")
+    listen("--advertise", type=_address, metavar="HOST:PORT", help="what peers are told to connect to")
+    listen("--max-connections", type=_integer(1, 100_000), default=512, metavar="N", help="clients served at once")
+    listen("--cors-origin", type=_origin, action="append", default=[], metavar="ORIGIN",
+           help="let web pages of this origin use this node; repeatable, * is any")  # fmt: skip
+    trust = parser.add_argument_group("trust").add_argument
+    trust("--secret-file", dest="secret", type=_secret, default=b"", metavar="FILE",
+          help="sign all messages between nodes with the secret in this file")  # fmt: skip
+    trust("--cluster", type=_text, default="counter", metavar="NAME", help="nodes of another cluster are not talked to")
+    trust("--insecure", action="store_true", help="listen beyond loopback without a secret")
+    limits = parser.add_argument_group("limits").add_argument
+    limits("--max-counters", type=_integer(1, 10**6), default=100_000, metavar="N", help="counters created here")
+    limits("--idempotency-window", type=_seconds(0.001), default=3600.0, metavar="S", help="how long keys are kept")
+    limits("--max-idempotency-keys", type=_integer(1, 10**6), default=1_000_000, metavar="N", help="keys kept at once")
+    cluster = parser.add_argument_group("cluster").add_argument
+    cluster("--peers", type=_addresses, action="extend", default=[], metavar="HOST:PORT,...",
+            help="nodes to join through; repeatable")  # fmt: skip
+    cluster("--heartbeat-interval", type=_seconds(0.01), default=1.0, metavar="S", help="between two heartbeats")
+    cluster("--peer-timeout", type=_seconds(0.01), default=5.0, metavar="S", help="silence until a peer is lost")
+    cluster(
+        "--join-timeout", type=_seconds(0), default=10.0, metavar="S", help="until a node is ready without its seeds"
+    )
+    cluster("--fanout", type=_integer(1, 1000), default=8, metavar="N", help="peers contacted at once")
+    retry = parser.add_argument_group("replication").add_argument
+    retry("--retry-backoff", type=_seconds(0.001), default=0.1, metavar="S", help="first backoff, at most")
+    retry("--retry-backoff-max", type=_seconds(0.001), default=10.0, metavar="S", help="longest backoff")
+    retry("--retry-workers", type=_integer(2, 256), default=4, metavar="N", help="threads that send to peers")
+    retry("--drain-timeout", type=_seconds(0), default=5.0, metavar="S", help="to hand over to the peers when stopping")
+    logging_ = parser.add_argument_group("logging, to stderr").add_argument
+    logging_("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="the least to log")
+    logging_("--log-format", choices=("text", "json"), default="text", help="lines of text, or of JSON objects")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    options = parser.parse_args(arguments)
+    if options.peer_timeout <= options.heartbeat_interval:
+        parser.error("argument --peer-timeout: must be longer than --heartbeat-interval")
+    if options.retry_backoff_max < options.retry_backoff:
+        parser.error("argument --retry-backoff-max: must not be shorter than --retry-backoff")
+    if not options.secret and not options.insecure and not _is_loopback(options.host, parser):
+        parser.error("argument --host: to listen beyond loopback give --secret-file, or --insecure")
+    fields = vars(options) | {"peers": tuple(options.peers), "cors_origin": tuple(options.cors_origin)}
+    del fields["insecure"]
+    return Config(**fields)
+
+
+def _is_loopback(host, parser):
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --host: {host}: {error}")
+    return all(ipaddress.ip_address(info[4][0].partition("%")[0]).is_loopback for info in found)
+
+
+def _origin(text):
+    if text not in ("*", "null") and not _ORIGIN.match(text.lower()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an origin as browsers send it, such as https://example.org")
+    return text.lower()
+
+
+def _text(text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("it is not in the encoding of this system") from None
+    return text
+
+
+def _secret(path):
+    try:
+        with open(path, "rb") as file:
+            readable_by_others = os.fstat(file.fileno()).st_mode & 0o007
+            secret = file.read(65536).strip()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
+    if readable_by_others:
+        raise argparse.ArgumentTypeError(f"{path} is open to other users; chmod o= {path}")
+    if not secret:
+        raise argparse.ArgumentTypeError(f"{path} is empty")
+    return secret
+
+
+def _integer(least, most):
+    def integer(text):
+        if not re.fullmatch("-?[0-9]{1,10}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {least} to {most}")
+        return int(text)
+
+    return integer
+
+
+def _seconds(least):
+    def seconds(text):
+        if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,9})?|\.[0-9]{1,9}", text) or float(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, {least} or more")
+        return float(text)
+
+    return seconds
+
+
+def _address(text):
+    try:
+        return parse_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _addresses(text):
+    return [_address(part) for part in text.split(",") if part.strip()]

@@ -1,0 +1,99 @@
+"""Counts of requests, by route and status, and how long they took.
+
+A repeated request takes a few microseconds, so counting it must not take a lock: every connection
+has a ConnectionTally that its own thread alone writes.  Requests adds them up for whoever scrapes,
+and keeps what connections counted that have ended.
+"""
+
+import threading
+from bisect import bisect_left
+from collections import defaultdict
+
+OTHER = "other"  # the route of requests to no known path, or whose head was no good
+TIMED_ONE_IN = 64  # repeated requests: two readings of the clock would be a tenth of the cost of one
+BUCKETS_S = (0.00001, 0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)  # up to ?timeout=, which is 60 s at most
+
+
+class Tally:
+    """The requests to one route, by status, and how long they took."""
+
+    def __init__(self):
+        self.statuses = {}  # status, as bytes -> [number]: who has the list counts without looking it up
+        self.buckets = [0] * (len(BUCKETS_S) + 1)  # not yet cumulative; the last is for what is slower
+        self.seconds = 0.0
+
+    def number(self, response):
+        """Return the list with the number of responses of the same status as this one."""
+        return self._number(response[9:12])  # of "HTTP/1.1 200 OK"
+
+    def _number(self, status):
+        return self.statuses.setdefault(status, [0])
+
+    def count(self, response, seconds):
+        """Count one request and its duration; return the list in which it was counted."""
+        number = self.number(response)
+        number[0] += 1
+        self.observe(seconds, 1)
+        return number
+
+    def observe(self, seconds, times):
+        """Take note of a duration that stands for as many requests."""
+        self.buckets[bisect_left(BUCKETS_S, seconds)] += times
+        self.seconds += seconds * times
+
+    def add(self, other):
+        """Add what another tally counts, whose thread may go on counting: copying a dictionary is atomic."""
+        for status, (number,) in dict(other.statuses).items():
+            self._number(status)[0] += number
+        self.buckets = [mine + its for mine, its in zip(self.buckets, other.buckets, strict=True)]
+        self.seconds += other.seconds
+
+
+class ConnectionTally:
+    """What one connection counts; only its own thread calls `of` and writes to the tallies."""
+
+    def __init__(self):
+        self._routes = {}  # route -> Tally
+
+    def of(self, route):
+        tally = self._routes.get(route)
+        if tally is None:
+            tally = self._routes[route] = Tally()
+        return tally
+
+    def add_to(self, totals):
+        for route, tally in dict(self._routes).items():
+            totals[route].add(tally)
+
+
+class Requests:
+    """All requests of a node, by route."""
+
+    def __init__(self):
+        # Guards the two below.  Held for dictionary work only, never together with another.
+        self._lock = threading.Lock()
+        self._open = set()  # the ConnectionTally of every open connection
+        self._ended = defaultdict(Tally)  # route -> what connections counted that have ended
+
+    def open(self):
+        """Return the tally of a new connection."""
+        tally = ConnectionTally()
+        with self._lock:
+            self._open.add(tally)
+        return tally
+
+    def close(self, tally):
+        """Keep what a connection counted that ends."""
+        with self._lock:
+            self._open.remove(tally)
+            tally.add_to(self._ended)
+
+    def totals(self):
+        """Return {route: Tally} since the start, sorted by route; it belongs to the caller."""
+        totals = defaultdict(Tally)
+        with self._lock:
+            for route, tally in self._ended.items():
+                totals[route].add(tally)
+            for tally in self._open:
+                tally.add_to(totals)
+        return dict(sorted(totals.items()))

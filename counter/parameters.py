@@ -1,0 +1,85 @@
+"""Text from a client into values, or a Refused that says what to send instead."""
+
+import json
+import re
+
+from counter import http1
+from counter.http1 import Refused
+from counter.state import AMOUNT_MAX, NAME, parse_increment_id
+
+WAIT_DEFAULT_S, WAIT_MAX_S = 5.0, 60.0  # of ?timeout=
+
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,18})\Z", re.ASCII)
+_SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9})?\Z", re.ASCII)
+_KEY = re.compile(r"[\x21-\x7e]{1,255}\Z")
+
+
+def idempotency_key(text):
+    key = text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+    if not _KEY.match(key):
+        raise Refused(400, "an Idempotency-Key is 1 to 255 visible ASCII characters, in double quotes or not")
+    return key
+
+
+def acks(text):
+    if not re.fullmatch("[1-9][0-9]{0,5}", text):
+        raise Refused(400, "acks must be an integer of at least 1: on how many nodes, this one included")
+    return int(text)
+
+
+def name(text):
+    return checked_name(http1.decode_component(text))
+
+
+def checked_name(name):
+    if not NAME.match(name):
+        raise Refused(400, "a counter's name is 1 to 128 of A-Z a-z 0-9 . _ : - and neither . nor ..")
+    return name
+
+
+def amount(text):
+    return checked_amount(int(text) if _INTEGER.match(text) else None)
+
+
+def checked_amount(amount):
+    if type(amount) is not int or not 0 < abs(amount) <= AMOUNT_MAX:
+        raise Refused(400, "amount must be an integer other than 0, from -(2**53-1) to 2**53-1")
+    return amount
+
+
+def body_amount(body, default, given_in_query):
+    """Return the amount a JSON body says; without one it is `default`."""
+    try:
+        fields = json.loads(body.decode(), object_pairs_hook=_distinct)
+    except (ValueError, RecursionError):
+        raise Refused(400, 'the body must be JSON in UTF-8, such as {"amount": 5}, or empty') from None
+    if type(fields) is not dict or fields.keys() - {"amount"}:
+        raise Refused(400, 'the body must be a JSON object with no other field than "amount"')
+    if not fields:
+        return default
+    if given_in_query:
+        raise Refused(400, "send amount in the query or in the body, not in both")
+    return checked_amount(fields["amount"])
+
+
+def _distinct(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise Refused(400, "a field of the JSON body is there more than once")
+    return fields
+
+
+def dot(text):
+    try:
+        return parse_increment_id(text)
+    except ValueError:
+        raise Refused(400, 'an increment id is a UUIDv8 as POST /increment answers it in "id"') from None
+
+
+def timeout_s(query):
+    text = query.get("timeout")
+    if text is None:
+        return WAIT_DEFAULT_S
+    if not _SECONDS.match(text) or float(text) > WAIT_MAX_S:
+        raise Refused(400, f"timeout must be a number of seconds from 0 to {WAIT_MAX_S:.0f}")
+    return float(text)

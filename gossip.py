@@ -1,0 +1,469 @@
+"""What to send to whom, and what to make of what they send.
+
+Pure: it knows neither sockets nor threads, and what depends on time takes `now`.
+"""
+
+import logging
+import random
+import threading
+
+from counter.state import SEQUENCE_MAX
+from counter.wire import Message, View, lacks, vector_hash
+from peers import LOST, NEVER, log_changes
+
+log = logging.getLogger("counter.replication")
+
+DELTAS_MAX = 2**20  # bytes of deltas in a message of several replicas, roughly
+VECTOR_SHORT = 16  # replicas; a longer vector is compared by its hash first
+PACING_S = 0.01  # between two pushes to one peer, times the peers pushed to
+LINK_IDLE_S = 60.0  # a link not used for so long is closed
+NO_VIEW = View([], [])  # what a mere push shows
+
+
+def backoff_s(failures, base_s, max_s, rng=random):
+    """Return the seconds to wait after `failures` (1 or more) failed sends in a row: full jitter.
+
+    Source: Brooker, "Exponential Backoff and Jitter" (AWS Architecture Blog, 2015).
+    """
+    return rng.uniform(0, min(max_s, base_s * 2 ** min(failures - 1, 30)))
+
+
+def _cause(error):
+    """Return what lies behind an exception of requests, without its wrappings."""
+    wrapped = (getattr(error, "reason", None), *error.args)
+    inner = next((part for part in wrapped if isinstance(part, Exception)), None)
+    return error if inner is None else _cause(inner)
+
+
+class _Link:
+    """What is known of sending to one address.  Its `session` belongs to the worker that has it in flight."""
+
+    def __init__(self, address, is_seed=False, agreed=False):
+        self.address, self.is_seed = address, is_seed  # a seed is a name to resolve first
+        self.due = NEVER  # when to send next
+        self.in_flight = False
+        self.compare = True  # the next message is to compare vectors, not only to push
+        self.started = -NEVER  # when it was last sent to
+        self.pushed = -NEVER  # when increments were last pushed to it, and nothing else
+        self.failures = 0  # in a row
+        self.retrying = False  # sending failed, which was logged, and it did not work since
+        self.retry_at = -NEVER  # before that only heartbeats are sent: it backs off
+        self.peer = None  # the replica id that answered last
+        self.confirmed = None  # the vector it last confirmed, never changed in place; None: unknown
+        self.agreed = agreed  # the vectors were equal when they were last compared, or most likely are
+        self.told_leaving = False  # it has answered a message that said this node is leaving
+        self.session = None  # with `prepared`, the request that is sent over it with ever new bodies
+        self.prepared = None
+
+    def doubtful(self):
+        """Return whether sending may well take until its timeout: looking up a name has none."""
+        return self.failures > 0 or self.is_seed
+
+    def holds(self, replica, sequence):
+        """Return whether the peer is known to hold a dot; its own it holds anyway."""
+        return self.peer == replica or (self.confirmed is not None and self.confirmed.get(replica, 0) >= sequence)
+
+
+class Gossip:
+    """Who is to be sent what, and what to make of what they send.
+
+    Threads may call anything at any time.  `pushed_to` active peers at most get increments at
+    once; `doubtful_max` sends at most are under way to peers that failed last time.
+    """
+
+    def __init__(self, counter, table, retry_backoff_s, retry_backoff_max_s, pushed_to, doubtful_max, rng=random):
+        self._counter, self._table, self._rng = counter, table, rng
+        self._backoff_s, self._backoff_max_s = retry_backoff_s, retry_backoff_max_s
+        self._pushed_to, self._doubtful_max = pushed_to, doubtful_max
+        # Guards everything below.  Held for dictionary work only, never together with another.
+        self._lock = threading.Lock()
+        self._due = threading.Condition(self._lock)  # workers wait on it for a link to become due
+        self._confirming = threading.Condition(self._lock)  # drain() waits on it for answers
+        self._awaited = {}  # threading.Event -> (replica, sequence): who waits for acks of that dot
+        self._links = {}  # address -> _Link
+        self._seed_links = {}  # name -> _Link
+        self._pending = {}  # the links with something to send or in flight, as an ordered set
+        self._pushed = []  # the links that increments are pushed to at once
+        self._agreed = False  # the vectors of this node and another were equal at the last comparison
+        self._hashed = (None, None)  # a vector and its hash, the last one that was needed
+        self.touched = False  # those were told of an increment, and nothing was sent since
+        self._caught_up = False  # everything that some peer held was held here, at least once
+        self._impatient = False  # nobody is to wait for acks any more
+        self._closed = False
+
+    @property
+    def caught_up(self):
+        return self._caught_up
+
+    # What makes a link due.
+
+    def touch(self, now):
+        """Make the peers due that are pushed to: an increment was accepted."""
+        if self.touched:
+            return
+        with self._lock:
+            self.touched = True
+            for link in self._pushed:
+                self._schedule_push_locked(link, now)
+
+    def contact(self, addresses, now):
+        """Compare vectors with those addresses, as soon as they do not back off."""
+        with self._lock:
+            for address in addresses:
+                link = self._link_locked(address)
+                link.compare = True
+                self._schedule_locked(link, max(now, link.retry_at))
+
+    def swept(self, addresses, seeds, now):
+        """Send a heartbeat to those addresses now, and resolve the names of those seeds."""
+        with self._lock:
+            for address in addresses:
+                link = self._link_locked(address)
+                link.compare = True
+                self._schedule_locked(link, now)
+            for name in seeds:
+                self._schedule_locked(self._seed_links.setdefault(name, _Link(name, is_seed=True)), now)
+        self._follow_membership(now)
+        self._counter.expire(now)
+
+    def _follow_membership(self, now):
+        """Choose whom to push to, and close the links that are not used any more."""
+        with self._lock:
+            kept = [link.address for link in self._pushed]
+        chosen = dict.fromkeys(self._table.choose(kept, self._pushed_to))
+        with self._lock:
+            self._pushed = [self._link_locked(address) for address in chosen]
+            # In a large cluster most peers are contacted rarely: a connection and a vector kept
+            # for each would grow with the square of the cluster.
+            for link in list(self._links.values()):
+                if link.address not in chosen and link not in self._pending and now - link.started > LINK_IDLE_S:
+                    del self._links[link.address]
+            self._confirming.notify_all()  # nobody is to wait for a peer that is gone
+
+    def _link_locked(self, address):
+        link = self._links.get(address)
+        if link is None:
+            link = self._links[address] = _Link(address, agreed=self._agreed)
+        return link
+
+    def _schedule_locked(self, link, at):
+        if at < link.due:
+            link.due = at
+            self._pending[link] = None
+            self._due.notify()
+
+    def _schedule_push_locked(self, link, now):
+        # The more peers, the longer the pauses: the cost of pushing stays what it is.  A heartbeat
+        # does not delay the push after it, or every second some increments would come late.
+        latest = link.started if link.compare else link.pushed
+        self._schedule_locked(link, max(now, latest + PACING_S * len(self._pushed), link.retry_at))
+
+    # A send, from its being due to its end.
+
+    def take(self, now):
+        """Return a link that is due, now in flight, or None."""
+        with self._lock:
+            return self._take_locked(now)
+
+    def next_link(self, clock):
+        """Wait until a link is due and return it, now in flight; None once closed."""
+        with self._lock:
+            while not self._closed:
+                now = clock()
+                link = self._take_locked(now)
+                if link:
+                    return link
+                due = self._next_due_locked(now)
+                self._due.wait(None if due == NEVER else due - now)
+        return None
+
+    def next_due(self, now):
+        """Return when the next link becomes due after `now`; NEVER if none does by itself."""
+        with self._lock:
+            return self._next_due_locked(now)
+
+    def _next_due_locked(self, now):
+        # A link that is due but was not taken waits for the end of another send.
+        return min((link.due for link in self._pending if link.due > now), default=NEVER)
+
+    def close(self):
+        """Let everyone go who waits for a link, now and from now on."""
+        with self._lock:
+            self._closed = True
+            self._due.notify_all()
+
+    def _take_locked(self, now):
+        due = [link for link in self._pending if link.due <= now and not link.in_flight]
+        doubtful = [link for link in self._pending if link.in_flight and link.doubtful()]
+        if len(doubtful) >= self._doubtful_max:
+            due = [link for link in due if not link.doubtful()]
+        if not due:
+            return None
+        # The dead, if they are many, must not keep an active peer that once did not answer from being
+        # asked again, nor must such peers keep the dead from being tried: each has a send of its own,
+        # where there are two.
+        asked = any(link in self._pushed for link in doubtful)
+
+        def rank(link):
+            if not link.doubtful():
+                return 0, link.due
+            is_next = self._doubtful_max == 1 or (link in self._pushed) != asked
+            return 1 if is_next else 2, link.due
+
+        link = min(due, key=rank)
+        link.in_flight, link.due, link.started = True, NEVER, now
+        if not link.compare:
+            link.pushed = now
+        self.touched = False
+        return link
+
+    def request(self, link, now):
+        """Return the Message to send over a link in flight; None if there is nothing to say."""
+        vector, replica = self._counter.vector(), self._counter.replica
+        with self._lock:
+            known, agreed = link.confirmed, link.agreed
+            failing = link.failures > 0
+            compare, link.compare = link.compare or known is None, False
+        if compare:
+            sender, view = self._table.describe()
+            # After a failure it is enough to find out what the peer holds: it may have arrived.
+            deltas = self._counter.deltas(known, DELTAS_MAX, now) if known is not None and not failing else []
+            hash = self._hash(vector) if agreed and len(vector) > VECTOR_SHORT else None
+            return Message(sender, view, vector, hash, None, deltas)
+        delta = self._counter.delta(replica, known.get(replica, 0), now)
+        return Message(self._table.sender(), NO_VIEW, None, None, None, [delta]) if delta else None
+
+    def _hash(self, vector):
+        """Return the hash of a vector of this node; most often that of the last time."""
+        known, hash = self._hashed
+        if known is not vector:
+            hash = vector_hash(vector)
+            self._hashed = (vector, hash)  # vectors are never changed in place
+        return hash
+
+    def answered(self, link, request, answer, now):
+        """Take in the answer to a request that was sent over a link; the link is free again.
+
+        Raises ValueError if it does not answer the request, and then has changed nothing.
+        """
+        if request.applied is not None and answer.applied is None and answer.hash is None:
+            raise ValueError("the answer to a heartbeat lacks a vector")
+        contact, changes = self._table.heard(answer.sender, answer.view, now, answered_at=link.address)
+        merged = self._merge(answer, now)
+        mine, replica = self._counter.vector(), self._counter.replica
+        with self._lock:
+            link.told_leaving = request.sender.leaving
+            before = link.confirmed if link.peer == answer.sender.id else None
+            link.peer = answer.sender.id
+            link.confirmed = self._confirmed(before, request, answer)
+            self._wake_locked(before, link.confirmed)
+            if request.applied is not None:
+                self._agreed = link.agreed = link.confirmed == request.applied
+                self._caught_up = self._caught_up or (link.peer != replica and not lacks(mine, link.confirmed))
+            news = merged or link.confirmed != before or request.hash is not None
+            progress = link.failures > 0 and (news or not request.deltas)
+            recovered = progress and link.retrying
+            link.retrying = link.retrying and not recovered
+            if news or not request.deltas:
+                link.failures, link.retry_at = 0, -NEVER
+            else:  # it answers, but takes nothing
+                self._back_off_locked(link, now)
+            self._release_locked(link)
+            if link.peer != replica:
+                self._follow_up_locked(link, request, mine, replica, news or progress, now)
+            self._confirming.notify_all()
+        if recovered:
+            log.info("recovered: addr=%s", link.address)
+        self._membership_changed(contact, changes, now)
+
+    @staticmethod
+    def _confirmed(before, request, answer):
+        """Return the vector that an answer confirms: it replaces what was known before."""
+        if answer.hash is not None:
+            return request.applied  # it holds just that
+        if answer.applied is not None:
+            return answer.applied
+        return before if before is None else {**before, **(answer.confirms or {})}
+
+    def _follow_up_locked(self, link, request, mine, replica, news, now):
+        """Make a link due again if its answer showed that one side still lacks something."""
+        confirmed = link.confirmed
+        if confirmed is None:
+            link.compare = True
+        elif request.applied is not None and news:
+            # Compared with what was held as the request was cut: of what arrived since, its
+            # own node tells the peer.  Without news the next heartbeat is soon enough.
+            link.compare = link.compare or lacks(mine, confirmed) or lacks(confirmed, request.applied)
+        # Asked of the counter anew: `mine` may be older than the latest touch().  This look-up
+        # takes no lock.  Whoever counts after it has to touch again, as the link may not stay due.
+        self.touched = False
+        unpushed = confirmed is not None and self._counter.holds(replica, confirmed.get(replica, 0) + 1)
+        if link.compare or (unpushed and link in self._pushed):
+            self._schedule_push_locked(link, now)
+        elif link.due != NEVER:  # it has confirmed already what it was to be told
+            link.due = NEVER
+            self._pending.pop(link, None)
+
+    def failed(self, link, error, now):
+        """Take note that a send came to nothing; the link is free again."""
+        with self._lock:
+            self._back_off_locked(link, now)
+            first, link.retrying = not link.retrying, True
+            link.compare, link.due = True, NEVER
+            self._release_locked(link)
+            if link in self._pushed:  # others are tried again by the sweeps alone
+                self._schedule_locked(link, link.retry_at)
+        # A peer that stays down is one line, not one per try.
+        log.log(logging.WARNING if first else logging.DEBUG, "retrying: addr=%s error=%s", link.address, _cause(error))
+
+    def _back_off_locked(self, link, now):
+        link.failures += 1
+        link.retry_at = now + backoff_s(link.failures, self._backoff_s, self._backoff_max_s, self._rng)
+
+    def released(self, link):
+        """Take note that there was nothing to send, or that a seed was looked up; the link is free again."""
+        with self._lock:
+            link.failures = 0
+            recovered, link.retrying = link.retrying, False
+            self._release_locked(link)
+        if recovered:
+            log.info("recovered: addr=%s", link.address)
+
+    def _release_locked(self, link):
+        link.in_flight = False
+        if link.due == NEVER:
+            self._pending.pop(link, None)
+        self._due.notify()  # it may be due again, and another may have waited for its end
+
+    # What others send.
+
+    def receive(self, message, now):
+        """Take in what a peer sent by itself; return the answer to it, a Message."""
+        contact, changes = self._table.heard(message.sender, message.view, now)
+        self._merge(message, now)
+        mine = self._counter.vector()
+        with self._lock:
+            link = self._links.get(message.sender.address)
+            if link and (message.applied is not None or message.hash is not None):
+                link.retry_at = -NEVER  # whoever sends heartbeats can be reached again, most likely
+            if message.applied is not None and message.sender.id != self._counter.replica:
+                self._caught_up = self._caught_up or not lacks(mine, message.applied)
+                if link and link.peer == message.sender.id:
+                    self._wake_locked(link.confirmed, message.applied)
+                    link.confirmed = message.applied
+                    self._confirming.notify_all()
+        self._membership_changed(contact, changes, now)
+        compares = message.applied is not None or message.hash is not None
+        sender, view = self._table.describe() if compares else (self._table.sender(), NO_VIEW)
+        confirms = {delta.replica: mine.get(delta.replica, 0) for delta in message.deltas} or None
+        if message.applied is not None:
+            # What it counts itself it knows best.
+            known = {**message.applied, message.sender.id: SEQUENCE_MAX}
+            deltas, agreed = self._counter.deltas(known, DELTAS_MAX, now), message.applied == mine
+        elif message.hash is not None:
+            deltas, agreed = [], message.hash == self._hash(mine)
+        else:
+            return Message(sender, view, None, None, confirms, [])
+        hash = self._hash(mine) if agreed and len(mine) > VECTOR_SHORT else None
+        return Message(sender, view, mine, hash, confirms, deltas)
+
+    def _wake_locked(self, before, confirmed):
+        """Wake those who wait for acks of a dot that a peer has confirmed just now; both are vectors or None.
+
+        Nobody else: hundreds may wait, and hundreds of answers arrive in a second.
+        """
+        before, confirmed = before or {}, confirmed or {}
+        for event, (replica, sequence) in self._awaited.items():
+            if before.get(replica, 0) < sequence <= confirmed.get(replica, 0):
+                event.set()
+
+    def _wake_all_locked(self):
+        for event in self._awaited:
+            event.set()
+
+    def _merge(self, message, now):
+        """Merge the deltas of a message; return whether anything was new."""
+        merged = [self._counter.merge(delta, now) for delta in message.deltas]
+        cloned = any(self._counter.renew_if_cloned(known) for known in (message.applied, message.confirms) if known)
+        if cloned or self._counter.renew(self._table.disowned):
+            log.error("replica id used twice, was this machine cloned? new id=%s", self._counter.replica)
+            self._table.rename(self._counter.replica)
+        return any(merged)
+
+    def _membership_changed(self, contact, changes, now):
+        if contact:
+            self.contact(contact, now)
+        if changes:
+            log_changes(changes)
+            with self._lock:
+                self._wake_all_locked()  # a peer that is back counts again
+                self._confirming.notify_all()  # nobody is to wait for a peer that is gone
+                gone = {change.address for change in changes if change.what in ("left", "restarted")}
+                full = len(self._pushed) == self._pushed_to and all(link.address not in gone for link in self._pushed)
+            if not full:  # or the cost of N changes would grow with the square of N
+                self._follow_membership(now)
+
+    # What others ask.
+
+    def unconfirmed(self):
+        """Return {address: number of increments it has yet to confirm}, of all that have confirmed any.
+
+        Those that this node has to see to: its own, and those of nodes that are gone.  What active
+        nodes count they push themselves; that it arrived this node hears later, from a heartbeat.
+        """
+        mine, active = self._counter.vector(), {id for id, _ in self._table.active()}
+        owed = [(replica, sequence) for replica, sequence in mine.items() if replica not in active]
+        with self._lock:
+            links = [(link.address, link.peer, link.confirmed) for link in self._links.values()]
+        return {
+            address: sum(max(0, sequence - confirmed.get(replica, 0)) for replica, sequence in owed if replica != peer)
+            for address, peer, confirmed in links
+            if confirmed is not None
+        }
+
+    def wait_for_acks(self, replica, sequence, wanted, clock, timeout_s):
+        """Wait until that many nodes, this one included, hold a dot; return how many do."""
+        deadline, event = clock() + timeout_s, threading.Event()
+        with self._lock:
+            self._awaited[event] = (replica, sequence)
+        try:
+            while True:
+                event.clear()
+                active = {id for id, _ in self._table.active()}
+                with self._lock:
+                    holders = {link.peer for link in self._links.values() if link.holds(replica, sequence)}
+                    impatient = self._impatient
+                reached = 1 + len(holders & active)
+                if reached >= wanted or impatient or not event.wait(deadline - clock()):
+                    return reached
+        finally:
+            with self._lock:
+                del self._awaited[event]
+
+    def stop_waiting(self):
+        """Let everyone go who waits for acks, now and from now on: the node is stopping."""
+        with self._lock:
+            self._impatient = True
+            self._wake_all_locked()
+
+    def drain(self, clock, timeout_s):
+        """Tell all active peers everything and that this node leaves; return whether all confirmed."""
+        self._table.leave()
+        mine = self._counter.vector()  # what peers tell it from now on they hold anyway
+        told = dict(self._table.active())
+        self.swept(told.values(), [], clock())
+        deadline = clock() + timeout_s
+        while True:
+            # Some may leave as well, or turn out to have restarted, and then their successors are told.
+            # Of those that are lost meanwhile, who lacks nothing is let go.
+            new = dict(self._table.active()).items() - told.items()
+            if new:
+                told.update(new)
+                self.contact([address for _, address in new], clock())
+            states = {id: state for id, _, state, _ in self._table.snapshot(clock()) if id in told}
+            with self._lock:
+                links = [(self._link_locked(told[id]), state == LOST) for id, state in states.items()]
+                if all((link.told_leaving or lost) and not lacks(link.confirmed or {}, mine) for link, lost in links):
+                    return True
+                if not self._confirming.wait(deadline - clock()):
+                    return False
