@@ -7,7 +7,7 @@ import logging
 import random
 import threading
 
-from counter.state import SEQUENCE_MAX
+from counter.state import APPLIED, SEQUENCE_MAX
 from counter.wire import Message, View, lacks, vector_hash
 from peers import LOST, NEVER, log_changes
 
@@ -388,7 +388,7 @@ class Gossip:
         if cloned or self._counter.renew(self._table.disowned):
             log.error("replica id used twice, was this machine cloned? new id=%s", self._counter.replica)
             self._table.rename(self._counter.replica)
-        return any(merged)
+        return APPLIED in merged
 
     def _membership_changed(self, contact, changes, now):
         if contact:

@@ -2,7 +2,11 @@
 
 from counter.state import (
     AMOUNT_MAX,
+    APPLIED,
+    GAP,
+    HELD,
     NAME,
+    NEEDS,
     REPLICA,
     SEQUENCE_MAX,
     Counter,
@@ -21,7 +25,11 @@ __version__ = "1.0.0"
 
 __all__ = [
     "AMOUNT_MAX",
+    "APPLIED",
+    "GAP",
+    "HELD",
     "NAME",
+    "NEEDS",
     "REPLICA",
     "SEQUENCE_MAX",
     "Counter",

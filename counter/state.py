@@ -30,6 +30,12 @@ NAME = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9._:-]{1,128}\Z")  # clients rewrite the
 REPLICA = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-8[0-9a-f]{3}\Z")
 _INCREMENT_ID = re.compile(r"([0-9a-f]{8}-[0-9a-f]{4}-8[0-9a-f]{3})-([89ab][0-9a-f]{3})-([0-9a-f]{12})\Z")
 
+# What `Counter.merge` found a delta to be.
+APPLIED = "applied"  # some of it was new, and all of it holds now
+HELD = "held"  # all of it was held already
+GAP = "gap"  # it begins after the end of what is held
+NEEDS = "needs"  # it cancels increments that are not both held
+
 # What `replica` did after sequence `after`, as of sequence `through`.
 #   totals: {name: (sequence, total)}, the entries touched since `after`
 #   keys: ((sequence, digest, name, amount, age in seconds), …), the keys it accepted since
@@ -301,11 +307,10 @@ class Counter:
         return Delta(replica, after, self._applied[replica], totals, keys, self._requires.get(replica, ()))
 
     def merge(self, delta, now):
-        """Take over a delta, all of it or nothing; return whether anything was new.
+        """Take over a delta, all of it or nothing; return APPLIED, HELD, GAP or NEEDS.
 
-        Nothing is new in a delta of this very replica, in one that ends within the prefix held
-        here, and in one that begins after its end or requires dots not held: taking that would
-        leave a gap.
+        Only APPLIED has changed anything.  A delta of this very replica is HELD: nobody knows
+        more of it.
         """
         with self._lock:
             return self._merge_locked(delta, now)
@@ -313,10 +318,12 @@ class Counter:
     def _merge_locked(self, delta, now):
         replica, after, through, totals, keys, requires = delta
         held = self._applied.get(replica, 0)
-        if replica == self._replica or through <= held or after > held:
-            return False
+        if replica == self._replica or through <= held:
+            return HELD
+        if after > held:
+            return GAP
         if any(self._applied.get(r, 0) < sequence for r, sequence in requires):
-            return False  # or a cancellation could outrun, and outlive, what it speaks of
+            return NEEDS  # a cancellation must not be applied before both increments it refers to
         entries = self._entries.setdefault(replica, OrderedDict())
         # A delta cut further back than `held` has entries that are held already.  Sorted, the
         # new ones keep the order by sequence, whatever order they came in.
@@ -335,7 +342,7 @@ class Counter:
             if sequence > held:
                 self._remember_locked(replica, sequence, (digest, name, amount, now - age_s))
                 self._see_key_locked(digest, (replica, sequence), now)
-        return True
+        return APPLIED
 
     def _see_key_locked(self, digest, dot, now):
         """Take note that a key came with this dot; of two dots of one key, cancel the larger."""

@@ -12,7 +12,7 @@ import pytest
 from conftest import wait_until
 
 import gossip
-from counter import AMOUNT_MAX, Counter, Delta, wire
+from counter import AMOUNT_MAX, APPLIED, Counter, Delta, wire
 from counter.wire import Message, Sender, Signer, View, decode, encode, lacks, vector_hash
 from gossip import Gossip, backoff_s
 from peers import PeerTable
@@ -535,8 +535,8 @@ def test_long_vectors_that_agreed_are_compared_by_their_hash():
     node, peer = Half(), Half(A, AT_A)
     for number in range(gossip.VECTOR_SHORT + 1):
         delta = Delta(f"{number:08x}-1111-8111", 0, 1, {"x": (1, 1)})
-        assert node.counter.merge(delta, 0)
-        assert peer.counter.merge(delta, 0)
+        assert node.counter.merge(delta, 0) == APPLIED
+        assert peer.counter.merge(delta, 0) == APPLIED
     node.gossip.contact([AT_A], 0.0)
     talk(node, peer, node.gossip.take(0.0), 0.0)
     node.gossip.contact([AT_A], 1.0)
@@ -848,8 +848,8 @@ def test_a_link_that_is_new_where_vectors_agree_starts_with_a_hash():
     node, peer = Half(), Half(A, AT_A)
     for number in range(gossip.VECTOR_SHORT + 1):
         delta = Delta(f"{number:08x}-1111-8111", 0, 1, {"x": (1, 1)})
-        assert node.counter.merge(delta, 0)
-        assert peer.counter.merge(delta, 0)
+        assert node.counter.merge(delta, 0) == APPLIED
+        assert peer.counter.merge(delta, 0) == APPLIED
     node.gossip.contact([AT_A], 0.0)
     talk(node, peer, node.gossip.take(0.0), 0.0)
     node.gossip.contact([AT_B], 1.0)

@@ -1,4 +1,4 @@
-"""The replicated counter by itself: ids, deltas, merging, waiting, races."""
+"""The replicated state by itself: ids, deltas, merging, waiting, races."""
 
 import random
 import sys
@@ -11,7 +11,11 @@ from conftest import wait_until
 
 from counter import (
     AMOUNT_MAX,
+    APPLIED,
+    GAP,
+    HELD,
     NAME,
+    NEEDS,
     REPLICA,
     SEQUENCE_MAX,
     Counter,
@@ -58,7 +62,7 @@ def copy(counter, replica=C):
     """Return a new Counter that holds the same."""
     other = Counter(replica)
     for delta in counter.deltas({}, 10**9, 0):
-        assert other.merge(delta, 0)
+        assert other.merge(delta, 0) == APPLIED
     return other
 
 
@@ -153,28 +157,28 @@ def test_deltas_of_several_replicas_fill_a_message_but_none_is_split():
 
 def test_merging_a_delta_again_changes_nothing():
     counter, delta = Counter(A), Delta(B, 0, 3, {"x": (2, 7), "y": (3, -1)})
-    assert counter.merge(delta, 0)
-    assert not counter.merge(delta, 0)
+    assert counter.merge(delta, 0) == APPLIED
+    assert counter.merge(delta, 0) == HELD
     assert (counter.value("x"), counter.value("y"), counter.vector()) == (7, -1, {B: 3})
 
 
 def test_an_old_delta_is_ignored():
     counter = Counter(A)
     counter.merge(Delta(B, 0, 3, {"x": (3, 7)}), 0)
-    assert not counter.merge(Delta(B, 0, 2, {"x": (2, 4)}), 0)
+    assert counter.merge(Delta(B, 0, 2, {"x": (2, 4)}), 0) == HELD
     assert counter.value("x") == 7
 
 
 def test_a_delta_behind_a_gap_is_refused_whole():
     counter = Counter(A)
-    assert not counter.merge(Delta(B, 1, 3, {"x": (2, 7), "y": (3, -1)}), 0)
+    assert counter.merge(Delta(B, 1, 3, {"x": (2, 7), "y": (3, -1)}), 0) == GAP
     assert (counter.vector(), counter.value("x"), counter.value("y")) == ({}, 0, 0)
 
 
 def test_a_delta_that_overlaps_what_is_held_adds_only_the_rest():
     counter = Counter(A)
     counter.merge(Delta(B, 0, 2, {"x": (1, 1), "y": (2, 10)}), 0)
-    assert counter.merge(Delta(B, 0, 4, {"y": (2, 10), "x": (3, 2), "z": (4, 5)}), 0)
+    assert counter.merge(Delta(B, 0, 4, {"y": (2, 10), "x": (3, 2), "z": (4, 5)}), 0) == APPLIED
     assert [counter.value(name) for name in "xyz"] == [2, 10, 5]
 
 
@@ -189,7 +193,7 @@ def test_entries_stay_in_order_when_a_delta_lists_them_in_another():
 def test_nothing_is_taken_over_of_the_own_replica():
     counter = Counter(A)
     counter.increment("x")
-    assert not counter.merge(Delta(A, 0, 9, {"x": (9, 9)}), 0)
+    assert counter.merge(Delta(A, 0, 9, {"x": (9, 9)}), 0) == HELD
     assert counter.value("x") == 1
 
 
@@ -216,7 +220,7 @@ def test_a_cloned_machine_goes_on_under_a_new_id():
     assert counter.replica != A
     assert counter.increment("x") == (counter.replica, 1, 3)
     assert not counter.renew_if_cloned({A: 2})
-    assert counter.merge(Delta(A, 1, 3, {"x": (3, 5)}), 0)
+    assert counter.merge(Delta(A, 1, 3, {"x": (3, 5)}), 0) == APPLIED
     assert counter.value("x") == 6
 
 
@@ -344,12 +348,12 @@ def test_a_cancellation_waits_for_both_dots_it_speaks_of():
     first.merge(second.delta(B, 0, 0), 0)
     by_a, by_b, cancelling = first.deltas({}, 10**6, 0)
     assert cancelling.requires == ((A, 1), (B, 1))
-    assert not third.merge(cancelling, 0)
+    assert third.merge(cancelling, 0) == NEEDS
     third.merge(by_b, 0)
-    assert not third.merge(cancelling, 0)
+    assert third.merge(cancelling, 0) == NEEDS
     assert third.value("x") == 5
     third.merge(by_a._replace(keys=()), 0)
-    assert third.merge(cancelling, 0)
+    assert third.merge(cancelling, 0) == APPLIED
     assert third.value("x") == 5
 
 
