@@ -14,6 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+from clients import Client
+
+from counter.config import parse_arguments
+from counter_server import Node
 
 PROJECT = Path(__file__).parent.parent
 FAST = ("--heartbeat-interval", "0.2", "--peer-timeout", "1.5")  # seconds; a cluster that tests can wait for
@@ -26,6 +30,11 @@ def wait_until(condition, timeout_s=15.0):
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {condition.__doc__ or condition}"
         time.sleep(0.01)  # polling another process: there is no event to wait for
     return value
+
+
+def wait_until_waiting(node):
+    """Wait until some request waits for an increment."""
+    wait_until(lambda: node.counter._waiting)
 
 
 class Answer:
@@ -138,6 +147,27 @@ def start_cluster(start_node):
         return nodes
 
     return start
+
+
+@pytest.fixture
+def start_local():
+    """Start nodes in this process by calling it with arguments; afterwards they stop."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments):
+            node = Node(parse_arguments(["--port", "0", *arguments]))
+            node.start()
+            stack.callback(node.stop)
+            return node
+
+        yield start
+
+
+@pytest.fixture
+def connect():
+    """Return a function that opens a Client of a node; afterwards all are closed."""
+    with contextlib.ExitStack() as stack:
+        yield lambda node: stack.enter_context(contextlib.closing(Client(node)))
 
 
 def require_tools(*names):
