@@ -13,6 +13,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C while the imports run
 
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -121,8 +122,9 @@ class Node:
 class Api:
     """The routes.  A route parses everything its request's head says and returns an action.
 
-    An action takes (body, connection) and returns the bytes of a response.  Both may raise
-    Refused.  An action may be called again for a request with the very same head.
+    An action takes (body, connection) and returns the bytes of a response, or an iterable of its
+    pieces, the first of which has the whole head.  Both may raise Refused.  An action may be
+    called again for a request with the very same head.
     """
 
     # Served even when all connections are taken: to peers, and to those who would else take the node for
@@ -163,6 +165,10 @@ class Api:
             if not same_signature(given, self._node.signer.length(signature, head.length)):
                 raise _wrong_signature(close=True)
         return wire.BODY_MAX
+
+    def body_sink(self, head):
+        """Return what takes the body of a request with this head as it arrives; None to have it as bytes."""
+        return None
 
     def action(self, head):
         """Return what answers a request with this head."""
@@ -405,10 +411,11 @@ def _with_headers(action, lines):
 
     def answer(body, connection):
         try:
-            response = action(body, connection)
+            response, further = http1.opened(action(body, connection))
         except Refused as refused:
-            response = refused.response()
-        return http1.with_header(response, lines)
+            response, further = refused.response(), ()
+        response = http1.with_header(response, lines)
+        return itertools.chain([response], further) if further else response
 
     return answer
 

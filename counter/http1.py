@@ -136,11 +136,27 @@ def parse_query(query, allowed):
 
 def response(status, body, content_type="application/json", headers=()):
     """Return a whole response; `body` is bytes, `headers` are (name, value) pairs."""
+    if status != 204:
+        headers = [*headers, ("Content-Type", content_type), ("Content-Length", len(body))]
+    return _head(status, headers) + body
+
+
+def chunked(status, pieces, content_type="application/json", headers=()):
+    """Yield the pieces of a response whose length is not known yet; `pieces` are of its body, as bytes.
+
+    HTTP/1.0 cannot read it.  Source: RFC 9112 section 7.1.
+    """
+    yield _head(status, [*headers, ("Content-Type", content_type), ("Transfer-Encoding", "chunked")])
+    for piece in pieces:
+        if piece:  # an empty chunk would end the body
+            yield b"%x\r\n%b\r\n" % (len(piece), piece)
+    yield b"0\r\n\r\n"
+
+
+def _head(status, headers):
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {_date()}"]
     lines += [f"{name}: {value}" for name, value in headers]
-    if status != 204:
-        lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
-    return "\r\n".join([*lines, "", ""]).encode() + body
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 def ok(body):
@@ -149,6 +165,14 @@ def ok(body):
         f"HTTP/1.1 200 OK\r\nDate: {_date()}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n{body}"
     ).encode()
+
+
+def opened(response):
+    """Return the first piece of a response, which has its head, and an iterable of the others."""
+    if type(response) is bytes:
+        return response, ()
+    pieces = iter(response)
+    return next(pieces), pieces
 
 
 def with_header(response, line):

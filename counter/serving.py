@@ -2,10 +2,13 @@
 
     accept thread ─▶ Server.process_request ─▶ connection-N thread ─▶ Connection
                                                      _read_head, _read_body ─▶ api.action(head)
-                                                     action(body, connection) ─▶ sendall(response)
+                                                     action(body, connection) ─▶ _send(response)
 
-What the requests mean is the api's business, and how long a body may be.  This file knows of peers
-only that they are served, like `api.vital_paths`, when clients no longer are.
+The api decides what requests mean and how long a body may be.  With `api.body_sink(head)` it may
+take a body piece by piece: that object is fed as the body arrives, and stands for it in the action.
+An action returns the bytes of a response, or an iterable of pieces, the first of which has the
+whole head.  This file knows of peers only that they are served, like `api.vital_paths`, when
+clients no longer are.
 """
 
 import contextlib
@@ -30,7 +33,8 @@ log = logging.getLogger("counter.serving")
 BACKLOG = 1024  # the stdlib's 5 resets connections under load
 RECEIVE_SIZE = 65536
 HEAD_TIMEOUT_S = 10.0  # for a whole head, however slowly it trickles in
-BODY_TIMEOUT_S = 30.0
+BODY_TIMEOUT_S = 30.0  # for a whole body that is collected here
+PROGRESS_TIMEOUT_S = 10.0  # between two parts of a body that goes to a sink of the api
 IDLE_TIMEOUT_S = 60.0
 SEND_TIMEOUT_S = 30.0
 CLIENT, PEER, RESERVED = "client", "peer", "reserved"  # kinds of connections
@@ -84,13 +88,13 @@ class Connection(socketserver.BaseRequestHandler):
     def _serve(self):
         while self._received or self._receive(RESERVE_TIMEOUT_S if self.kind == RESERVED else IDLE_TIMEOUT_S):
             received = self._received
-            response, keep_alive, action = self._answer_next()
+            response, further, keep_alive, action = self._answer_next()
             tally = self._tally.of(self._route)
             tally.count(response, time.perf_counter() - self._began)
             if not keep_alive or self._is_to_end():
-                self._close_with(response)
+                self._close_with(response, further)
                 return
-            self.request.sendall(response)
+            self._send(response, further)
             if action:
                 self._serve_repeated(received, action, tally)
 
@@ -110,9 +114,9 @@ class Connection(socketserver.BaseRequestHandler):
                 return
             began = None if untimed else time.perf_counter()
             try:
-                response = action(b"", self)
+                response, further = http1.opened(action(b"", self))
             except Refused as refused:
-                response = refused.response()
+                response, further = refused.response(), ()
             if response[9:12] != status:
                 status, number = response[9:12], tally.number(response)
             number[0] += 1
@@ -121,16 +125,35 @@ class Connection(socketserver.BaseRequestHandler):
                 tally.observe(time.perf_counter() - began, metrics.TIMED_ONE_IN)
                 untimed = metrics.TIMED_ONE_IN - 1
             send(response)
+            if further:
+                self._send_further(further)
+
+    def _send(self, response, further):
+        self.request.sendall(response)
+        self._send_further(further)
+
+    def _send_further(self, pieces):
+        """Send the rest of a response; if the api fails to make it, the client must see that it is not whole."""
+        pieces = iter(pieces)
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration:
+                return
+            except Exception:  # a bug; it costs this connection only
+                log.exception("making a response failed after its head was sent")
+                raise ConnectionAbortedError from None
+            self.request.sendall(piece)
 
     def _is_to_end(self):
         return self.kind == RESERVED or (self.server.stopping and self.kind != PEER)
 
     def _answer_next(self):
-        """Read a request; return (response, keep alive, action).
+        """Read a request; return (response, its further pieces, keep alive, action).
 
         The action is None where calling it again is not all it takes to answer the same bytes.
         """
-        received, head, action = self._received, None, None
+        received, head, body, action, further = self._received, None, None, None, ()
         self._route, self._began = metrics.OTHER, time.perf_counter()
         try:
             head, raw = self._read_head()
@@ -141,17 +164,18 @@ class Connection(socketserver.BaseRequestHandler):
             body = self._read_body(head)
             self._began = time.perf_counter()  # what came before was the client's time
             action = self.server.api.action(head)
-            response, close = action(body, self), False
+            (response, further), close = http1.opened(action(body, self)), False
         except Refused as refused:
-            response, close, action = refused.response(), refused.close, None
+            unread = head is not None and head.length and body is None  # what is left of the body is no request
+            response, close, action = refused.response(), refused.close or unread, None
         if head is None:
-            return response, False, None
+            return response, (), False, None
         if head.method == "HEAD":
-            response = http1.without_body(response)
+            response, further = http1.without_body(response), ()
         if head.is_http10 and head.keep_alive and not close and not self._is_to_end():
             response = http1.with_header(response, b"Connection: keep-alive")
-        repeats = repeats and head.method != "HEAD" and not head.is_http10
-        return response, head.keep_alive and not close, action if repeats else None
+        repeats = repeats and body == b"" and head.method != "HEAD" and not head.is_http10
+        return response, further, head.keep_alive and not close, action if repeats else None
 
     def _read_head(self):
         """Return the Head of the next request, and the bytes it was parsed from."""
@@ -168,21 +192,28 @@ class Connection(socketserver.BaseRequestHandler):
         return head, raw
 
     def _read_body(self, head):
+        """Return the body of a request, or the object of the api's that took it."""
         size_max = self.server.api.body_max(head)
         if head.length > size_max:
             raise Refused(413, f"the body may have at most {size_max} bytes", close=True)
+        sink = self.server.api.body_sink(head)
         if head.expects_continue and len(self._received) < head.length:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        deadline = time.monotonic() + (RESERVE_TIMEOUT_S if self.kind == RESERVED else BODY_TIMEOUT_S)
-        chunks, missing = [self._received], head.length - len(self._received)
-        while missing > 0:
-            self._received = b""
+        timeout_s = BODY_TIMEOUT_S if sink is None else PROGRESS_TIMEOUT_S
+        timeout_s = RESERVE_TIMEOUT_S if self.kind == RESERVED else timeout_s
+        deadline = time.monotonic() + timeout_s
+        missing, chunks = head.length, []
+        while True:
+            part, self._received = self._received[:missing], self._received[missing:]
+            missing -= len(part)
+            if sink is None:
+                chunks.append(part)
+            elif part:
+                sink.feed(part)
+                deadline = time.monotonic() + timeout_s
+            if not missing:
+                return b"".join(chunks) if sink is None else sink
             self._receive_by(deadline, "the body of the request took too long")
-            chunks.append(self._received)
-            missing -= len(self._received)
-        received = b"".join(chunks)
-        self._received = received[head.length :]
-        return received[: head.length]
 
     def _receive_by(self, deadline, complaint):
         """Read some more of a request that has begun; Refused if it is not there by the deadline."""
@@ -210,13 +241,13 @@ class Connection(socketserver.BaseRequestHandler):
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout_s))
             self._receive_timeout_s = timeout_s
 
-    def _close_with(self, response):
+    def _close_with(self, response, further=()):
         """Send the last response, and give the client the time to read it.
 
         Closing with bytes of the client unread would reset the connection, and the response
         could be lost (RFC 9112 section 9.6).
         """
-        self.request.sendall(http1.with_header(response, b"Connection: close"))
+        self._send(http1.with_header(response, b"Connection: close"), further)
         self.request.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + LINGER_S
         while (left_s := deadline - time.monotonic()) > 0 and self._receive(left_s):

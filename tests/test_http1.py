@@ -315,6 +315,23 @@ def test_204_has_neither_type_nor_length(in_1994):
     assert http1.response(204, b"") == b"HTTP/1.1 204 No Content\r\n" + DATE + b"\r\n"
 
 
+def test_a_response_may_be_of_unknown_length(in_1994):
+    """Its pieces are chunks, none of which is empty but the last; the head is a piece of its own."""
+    assert list(http1.chunked(200, iter([b"a" * 20, b"", b"b"]), "text/plain", [("X", "1")])) == [
+        b"HTTP/1.1 200 OK\r\n" + DATE + b"X: 1\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"14\r\n" + b"a" * 20 + b"\r\n",
+        b"1\r\nb\r\n",
+        b"0\r\n\r\n",
+    ]
+
+
+def test_a_response_in_pieces_is_opened():
+    """Its first piece has the head; bytes have no further pieces."""
+    assert http1.opened(b"whole") == (b"whole", ())
+    first, further = http1.opened(iter([b"first", b"second", b"third"]))
+    assert (first, list(further)) == (b"first", [b"second", b"third"])
+
+
 def test_the_fast_way_to_200_says_the_same_as_the_general_one(in_1994):
     """ok() is response() for a JSON text."""
     assert http1.ok('{"count": 1}\n') == http1.response(200, b'{"count": 1}\n')

@@ -406,6 +406,115 @@ def test_a_client_may_hang_up_at_any_time(node, connect, sent, hang_up):
     assert connect(node).ask("GET", "/count").status == 200
 
 
+class Sink:
+    """Takes a body as it arrives, and notes what it was fed."""
+
+    def __init__(self, refuses=b"\0"):
+        self.fed, self.refuses = [], refuses
+
+    def feed(self, data):
+        self.fed.append(data)
+        if self.refuses in data:
+            raise http1.Refused(400, "not this")
+
+
+@pytest.fixture
+def sinks(node, monkeypatch):
+    """Give POST /increment/sink a Sink instead of a body; return those of all requests.  The answer has its size."""
+    made, api = [], node.server.api
+
+    def body_sink(head):
+        made.append(Sink())
+        return made[-1] if head.path == "/increment/sink" else None
+
+    def action(head):
+        return lambda body, _connection: http1.ok(f"{type(body).__name__} {sum(map(len, body.fed))}\n")
+
+    monkeypatch.setattr(api, "body_max", lambda head: 2**20)
+    monkeypatch.setattr(api, "body_sink", body_sink)
+    monkeypatch.setattr(api, "action", action)
+    return made
+
+
+def test_a_sink_is_fed_the_body_as_it_arrives(client, sinks):
+    """It stands for the body in the action, and the next request begins where the body ends."""
+    for body in (b"", b"abc", b"x" * 200_000):
+        client.send(request("POST", "/increment/sink", body=body))
+        client.send(request("POST", "/increment/sink"))
+        assert client.read().body == b"Sink %d\n" % len(body)
+        assert client.read().body == b"Sink 0\n"
+    assert [b"".join(sink.fed) for sink in sinks[::2]] == [b"", b"abc", b"x" * 200_000]
+    assert all(len(piece) <= serving.RECEIVE_SIZE for sink in sinks for piece in sink.fed)
+
+
+def test_a_sink_is_fed_before_the_body_is_whole(client, sinks):
+    """What has arrived need not be kept until the rest has."""
+    client.send(request("POST", "/increment/sink", "Content-Length: 6") + b"abc")
+    wait_until(lambda: sinks and b"".join(sinks[0].fed) == b"abc")
+    client.send(b"def")
+    assert client.read().body == b"Sink 6\n"
+
+
+def test_what_a_sink_refuses_is_refused_at_once(client, sinks):
+    """The rest of the body is not waited for, and is not taken for a request."""
+    client.send(request("POST", "/increment/sink", "Content-Length: 60") + b"\0")
+    closes_with(client, 400)
+
+
+def test_a_body_for_a_sink_may_take_long_while_it_goes_on(client, sinks, monkeypatch):
+    """What ends it is a pause, not the time that it takes in all."""
+    monkeypatch.setattr(serving, "BODY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(serving, "PROGRESS_TIMEOUT_S", 5.0)
+    client.send(request("POST", "/increment/sink", "Content-Length: 10"))
+    for number in range(10):
+        client.send(b"x")
+        wait_until(lambda: sinks and sum(map(len, sinks[0].fed)) > number)  # noqa: B023
+    assert client.read().body == b"Sink 10\n"
+    monkeypatch.setattr(serving, "PROGRESS_TIMEOUT_S", 0.05)
+    client.send(request("POST", "/increment/sink", "Content-Length: 10") + b"x")
+    closes_with(client, 408)
+
+
+def answering(monkeypatch, node, respond):
+    """Have the node answer everything with what respond(body, connection) returns."""
+    monkeypatch.setattr(node.server.api, "action", lambda head: respond)
+
+
+@pytest.mark.parametrize("lines", [[], ["Connection: close"]])
+def test_an_action_may_answer_in_pieces(client, node, monkeypatch, lines):
+    """They arrive as one response, time and again on one connection; HEAD gets the head alone."""
+    pieces = [http1.response(200, b"x" * 300_001)[:-300_001], *[b"x" * 100_000] * 3, b"x"]
+    answering(monkeypatch, node, lambda *_: (piece for piece in pieces))
+    for _ in range(1 if lines else 3):
+        reply = client.ask("GET", "/count", *lines)
+        assert (reply.status, reply.body) == (200, b"x" * 300_001)
+        assert reply.headers.get("connection") == ("close" if lines else None)
+        assert lines or client.ask("HEAD", "/count").headers["content-length"] == "300001"
+    assert not lines or client.is_over()
+
+
+def test_a_page_of_an_allowed_site_may_get_an_answer_in_pieces(start_local, connect, monkeypatch):
+    """The headers that allow it are in the first piece."""
+    node = start_local("--cors-origin", "https://a.example")
+    monkeypatch.setattr(node.server.api, "_route", lambda head: lambda *_: iter([http1.response(200, b"a"), b""]))
+    reply = connect(node).ask("GET", "/count", "Origin: https://a.example")
+    assert (reply.headers["access-control-allow-origin"], reply.body) == ("https://a.example", b"a")
+
+
+def test_a_bug_within_an_answer_in_pieces_ends_the_connection(client, node, monkeypatch, caplog):
+    """The client sees that the response is not whole; no second response is put into it."""
+
+    def pieces():
+        yield http1.response(200, b"xyz")[:-2]
+        raise ZeroDivisionError
+
+    answering(monkeypatch, node, lambda *_: pieces())
+    client.send(request("GET", "/count"))
+    assert client.stream.read().endswith(b"\r\n\r\nx")
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
+    caplog.clear()
+
+
 # Many connections.
 
 
