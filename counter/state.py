@@ -273,9 +273,11 @@ class Counter:
         """
         with self._lock:
             found, size = [], 0
-            # A cancellation was applied after the dots it requires, and so comes after them.
-            for replica, through in self._applied.items():
-                after = known.get(replica, 0)
+            # Cancellations go last: a receiver takes one only when it holds both dots, and what
+            # holds a dot may be a later delta than the one it was first in.
+            increments = [replica for replica in self._applied if replica not in self._requires]
+            for replica in (*increments, *self._requires):
+                after, through = known.get(replica, 0), self._applied[replica]
                 if after < through and size < size_max:
                     delta = self._delta_locked(replica, after)
                     found.append(delta)

@@ -357,6 +357,16 @@ def test_a_cancellation_waits_for_both_dots_it_speaks_of():
     assert third.value("x") == 5
 
 
+def test_cancellations_come_after_all_other_deltas():
+    first, second = Counter(A), Counter(B)
+    first.increment_once("k", "x", 5, now=0)
+    second.increment_once("k", "x", 5, now=0)
+    sync(first, second, 0)
+    second.merge(Delta(C, 0, 1, {"x": (1, 1)}), 0)  # held later than the cancellation, which may need it
+    assert [bool(delta.requires) for delta in second.deltas({}, 10**6, 0)] == [False, False, False, True]
+    assert [delta.replica for delta in second.deltas({}, 1, 0)] == [B]
+
+
 def test_of_many_dots_of_one_key_the_smallest_stays():
     counter, digest = Counter(C), key_digest("k")
     for replica, amount in ((B, 7), (A, 3), (new_replica(), 9)):
