@@ -1,0 +1,42 @@
+"""Nodes without threads and sockets, for tests: what they decide, and the messages they exchange."""
+
+import random
+
+from counter import Counter
+from counter.wire import Message, Sender, View, decode, encode
+from gossip import Gossip
+from peers import PeerTable
+
+ME, A, B, C = (f"{letter * 8}-{letter * 4}-8{letter * 3}" for letter in "fabc")
+AT_ME, AT_A, AT_B = (f"10.0.0.{number}:80" for number in range(3))
+NOBODY = View([], [])
+A_SENDS = Sender(A, AT_A, 1, False)
+
+
+class Half:
+    """One node without threads: what Node wires together."""
+
+    def __init__(self, replica=ME, address=AT_ME, pushed_to=8, doubtful_max=2):
+        rng = random.Random(1)
+        self.counter = Counter(replica)
+        self.table = PeerTable(replica, address, [], 1.0, 5.0, 8, rng)
+        self.gossip = Gossip(self.counter, self.table, 0.1, 10.0, pushed_to, doubtful_max, rng)
+
+    def meet(self, address=AT_A, id=A, applied=None, now=0.0):
+        """Have a peer answer a first heartbeat with this vector."""
+        self.gossip.swept([address], [], now)
+        link = self.gossip.take(now)
+        request = self.gossip.request(link, 0.0)
+        self.gossip.answered(link, request, answer(applied or {}, id, address), now)
+        return link
+
+
+def answer(applied=None, id=A, address=AT_A, hash=None, confirms=None, deltas=()):
+    return Message(Sender(id, address, 1, False), NOBODY, applied, hash, confirms, list(deltas))
+
+
+def talk(sender, receiver, link, now):
+    """Carry one exchange between two halves."""
+    request = sender.gossip.request(link, 0.0)
+    reply = receiver.gossip.receive(decode(encode(request)), now)
+    sender.gossip.answered(link, request, decode(encode(reply)), now)

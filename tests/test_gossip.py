@@ -1,0 +1,555 @@
+"""What becomes due when, and what is made of messages, on a hand-driven clock."""
+
+import logging
+import random
+import threading
+import time
+
+import pytest
+from conftest import wait_until
+from halves import A_SENDS, AT_A, AT_B, AT_ME, ME, NOBODY, A, B, Half, answer, talk
+
+import gossip
+from counter import APPLIED, Delta
+from counter.wire import Message, Sender, View, decode, encode, vector_hash
+from gossip import backoff_s
+
+
+def test_the_backoff_doubles_up_to_its_maximum_with_full_jitter():
+    rng = random.Random(1)
+    for failures in (1, 2, 5, 8, 100, 10**9):
+        waits = [backoff_s(failures, 0.1, 10, rng) for _ in range(2000)]
+        most = min(10, 0.1 * 2 ** min(failures - 1, 30))
+        assert max(waits) <= most
+        assert max(waits) > 0.95 * most
+        assert min(waits) < 0.05 * most
+
+
+def test_an_increment_is_due_at_once_and_travels_alone():
+    node = Half()
+    link = node.meet()
+    assert node.gossip.take(1.0) is None
+    node.counter.increment("x", 5)
+    node.gossip.touch(1.0)
+    assert node.gossip.take(1.0) is link
+    request = node.gossip.request(link, 0.0)
+    assert (request.applied, request.hash, request.deltas) == (None, None, [Delta(ME, 0, 1, {"x": (1, 5)})])
+    node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.0)
+    assert node.gossip.take(9.0) is None
+    assert node.gossip.unconfirmed() == {AT_A: 0}
+
+
+def test_what_is_counted_during_a_send_goes_in_the_next_after_a_pause():
+    node = Half()
+    link = node.meet()
+    node.counter.increment("x")
+    node.gossip.touch(1.0)
+    node.gossip.take(1.0)
+    request = node.gossip.request(link, 0.0)
+    node.counter.increment("x")
+    node.gossip.touch(1.001)
+    assert node.gossip.take(1.001) is None
+    node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.002)
+    assert node.gossip.take(1.002) is None
+    assert node.gossip.take(1.0 + gossip.PACING_S) is link
+    assert node.gossip.request(link, 0.0).deltas == [Delta(ME, 1, 2, {"x": (2, 2)})]
+
+
+def test_a_push_that_another_send_made_needless_is_not_sent():
+    node = Half()
+    link = node.meet()
+    node.counter.increment("x")
+    node.gossip.touch(1.0)
+    node.gossip.take(1.0)
+    request = node.gossip.request(link, 0.0)
+    node.gossip.touch(1.0)
+    node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.0)
+    assert node.gossip.next_due(1.0) == gossip.NEVER
+    node.counter.increment("x")
+    assert not node.gossip.touched  # or nobody would call the next
+    node.gossip.touch(2.0)
+    assert node.gossip.take(2.0) is link
+
+
+def test_a_failed_send_is_tried_again_later_and_later():
+    node = Half()
+    link = node.meet()
+    node.counter.increment("x")
+    node.gossip.touch(1.0)
+    now, waits = 1.0, []
+    for _ in range(200):
+        assert node.gossip.take(now) is link
+        node.gossip.failed(link, OSError("down"), now)
+        due = node.gossip.next_due(now - 1)
+        waits.append(due - now)
+        now = due
+    assert max(waits[:3]) <= 0.4
+    assert 5 < max(waits[10:]) <= 10
+    node.gossip.take(now)
+    request = node.gossip.request(link, 0.0)
+    assert (request.applied, request.deltas) == ({ME: 1}, [])  # did it arrive after all?
+    node.gossip.answered(link, request, answer({}), now)
+    assert node.gossip.take(now + 1) is link
+    assert node.gossip.request(link, now).deltas == [Delta(ME, 0, 1, {"x": (1, 1)})]
+
+
+def test_a_peer_that_stays_down_is_one_line(caplog):
+    caplog.set_level(logging.INFO)
+    node = Half()
+    link = node.meet()
+    for now in range(1, 10):
+        node.gossip.swept([AT_A], [], float(now))
+        node.gossip.take(float(now))
+        node.gossip.failed(link, OSError("down"), float(now))
+    node.meet(now=10.0)
+    lines = [record.getMessage() for record in caplog.records if record.name == "counter.replication"]
+    assert lines == [f"retrying: addr={AT_A} error=down", f"recovered: addr={AT_A}"]
+
+
+def test_only_what_failed_recovers(caplog):
+    """An answer that takes nothing makes the node back off, but is no trouble that an operator should read of."""
+    caplog.set_level(logging.INFO)
+    node = Half()
+    link = node.meet()
+    node.counter.increment("x")
+    node.gossip.touch(1.0)
+    node.gossip.take(1.0)
+    node.gossip.answered(link, node.gossip.request(link, 1.0), answer({}, confirms={}), 1.0)
+    assert link.failures == 1
+    node.meet(now=10.0)
+    assert link.failures == 0
+    assert not [record for record in caplog.records if record.name == "counter.replication"]
+
+
+def test_a_seed_that_cannot_be_looked_up_is_a_line_and_so_is_its_return(caplog):
+    caplog.set_level(logging.INFO)
+    node = Half()
+    for now, fails in enumerate((True, True, False, False)):
+        node.gossip.swept([], ["seed:80"], float(now))
+        link = node.gossip.take(float(now))
+        if fails:
+            node.gossip.failed(link, OSError("no such name"), float(now))
+        else:
+            node.gossip.released(link)
+    lines = [record.getMessage() for record in caplog.records if record.name == "counter.replication"]
+    assert lines == ["retrying: addr=seed:80 error=no such name", "recovered: addr=seed:80"]
+
+
+def test_a_heartbeat_does_not_wait_for_the_backoff():
+    node = Half()
+    link = node.meet()
+    node.gossip.swept([AT_A], [], 1.0)
+    node.gossip.take(1.0)
+    node.gossip.failed(link, OSError("down"), 1.0)
+    node.gossip.swept([AT_A], [], 1.0)
+    assert node.gossip.take(1.0) is link
+
+
+def test_one_send_at_a_time_is_in_flight_to_a_peer():
+    node = Half()
+    link = node.meet()
+    node.gossip.swept([AT_A], [], 1.0)
+    assert node.gossip.take(1.0) is link
+    node.gossip.swept([AT_A], [], 2.0)
+    assert node.gossip.take(2.0) is None
+
+
+def test_peers_that_failed_leave_workers_to_the_others():
+    node = Half(doubtful_max=1)
+    addresses = [f"10.0.1.{number}:80" for number in range(3)]
+    for number, address in enumerate(addresses):
+        node.meet(address, f"{number:08x}-0000-8000")
+    node.gossip.swept(addresses[:2], [], 1.0)
+    for _ in addresses[:2]:
+        node.gossip.failed(node.gossip.take(1.0), OSError("down"), 1.0)
+    node.gossip.swept(addresses, [], 2.0)
+    assert node.gossip.take(2.0).address == addresses[2]
+    first = node.gossip.take(2.0)
+    assert first.address in addresses[:2]
+    assert node.gossip.take(2.0) is None
+    node.gossip.failed(first, OSError("down"), 2.0)
+    assert node.gossip.take(3.0) is not None
+
+
+def test_many_dead_do_not_keep_an_active_peer_waiting_nor_it_them():
+    """One that did not answer once is asked before all the dead, whatever their number, but not in place of them."""
+    node = Half(doubtful_max=2)
+    dead = [f"10.0.1.{number}:80" for number in range(20)]
+
+    def fail(addresses, now):
+        node.gossip.contact(addresses, now)
+        while link := node.gossip.take(now):
+            node.gossip.failed(link, OSError("no answer"), now)
+
+    fail(dead, 0.0)
+    for address, id in ((AT_A, A), (AT_B, B)):
+        node.meet(address, id, now=0.0)
+    fail([AT_A, AT_B], 1.0)
+    node.gossip.contact(dead, 20.0)
+    node.gossip.contact([AT_A, AT_B], 21.0)
+    first, second = node.gossip.take(30.0), node.gossip.take(30.0)
+    assert second.address in dead
+    assert node.gossip.take(30.0) is None
+    node.gossip.answered(first, node.gossip.request(first, 30.0), answer({}, first.peer, first.address), 30.0)
+    assert {first.address, node.gossip.take(30.0).address} == {AT_A, AT_B}
+
+
+def test_only_some_peers_are_told_of_an_increment_at_once():
+    node = Half(pushed_to=2)
+    for number in range(5):
+        node.meet(f"10.0.1.{number}:80", f"{number:08x}-0000-8000")
+    node.counter.increment("x")
+    node.gossip.touch(1.0)
+    assert len({node.gossip.take(1.0).address for _ in range(2)}) == 2
+    assert node.gossip.take(1.0) is None
+
+
+def test_joining_with_full_catch_up_is_one_round_trip():
+    old, new = Half(A, AT_A), Half()
+    for number in range(100):
+        old.counter.increment(f"counter-{number}")
+    new.gossip.contact([AT_A], 0.0)
+    assert not new.gossip.caught_up
+    talk(new, old, new.gossip.take(0.0), 0.0)
+    assert new.counter.vector() == old.counter.vector()
+    assert new.gossip.caught_up
+    assert new.table.active() == [(A, AT_A)]
+    assert old.table.active() == [(ME, AT_ME)]
+
+
+def test_who_only_meets_itself_has_caught_up_with_nobody():
+    node = Half()
+    node.gossip.contact(["localhost:80"], 0.0)
+    talk(node, node, node.gossip.take(0.0), 0.0)
+    assert not node.gossip.caught_up
+    assert node.gossip.take(1.0) is None
+
+
+def test_catching_up_in_several_messages_goes_on_until_it_is_done():
+    old, new = Half(A, AT_A), Half()
+    for number in range(40):
+        totals = {f"{'x' * 100}-{n}": (n, 1) for n in range(1, 501)}
+        old.counter.merge(Delta(f"{number:08x}-1111-8111", 0, 500, totals), 0)
+    new.gossip.contact([AT_A], 0.0)
+    rounds = 0
+    while link := new.gossip.take(float(rounds)):
+        assert not new.gossip.caught_up
+        talk(new, old, link, float(rounds))
+        rounds += 1
+    assert 1 < rounds < 10
+    assert new.gossip.caught_up
+    assert new.counter.vector() == old.counter.vector()
+
+
+def test_what_the_peer_lacks_follows_at_once():
+    node, peer = Half(), Half(A, AT_A)
+    node.counter.merge(Delta(B, 0, 2, {"x": (2, 9)}), 0)
+    node.counter.increment("x")
+    node.gossip.contact([AT_A], 0.0)
+    talk(node, peer, node.gossip.take(0.0), 0.0)
+    assert peer.counter.value("x") == 0
+    talk(node, peer, node.gossip.take(1.0), 1.0)
+    assert peer.counter.value("x") == 10
+    assert node.gossip.take(9.0) is None
+
+
+def test_a_peer_that_takes_nothing_does_not_make_the_node_spin():
+    """Without news the next heartbeat is soon enough, even for a peer that refuses what it lacks."""
+    node = Half()
+    node.counter.merge(Delta(B, 0, 2, {"x": (2, 9)}), 0)
+    node.gossip.contact([AT_A], 0.0)
+    sends = 0
+    while link := node.gossip.take(float(sends)):
+        node.gossip.answered(link, node.gossip.request(link, 0.0), answer({}), float(sends))
+        sends += 1
+        assert sends < 5
+    node.gossip.swept([AT_A], [], 10.0)
+    assert node.gossip.take(10.0)
+
+
+def test_a_peer_that_answers_but_takes_nothing_is_pushed_to_less_and_less():
+    node = Half()
+    link, sends, now = node.meet(), 0, 1.0
+    node.counter.increment("x")
+    node.gossip.touch(now)
+    while now < 100:
+        if node.gossip.take(now):
+            node.gossip.answered(link, node.gossip.request(link, now), answer({}, confirms={}), now)
+            sends += 1
+        now = min(100, node.gossip.next_due(now))
+    assert 10 < sends < 150
+
+
+def test_an_increment_that_arrives_as_its_predecessor_is_confirmed_is_not_forgotten(monkeypatch):
+    node = Half()
+    link = node.meet()
+    node.counter.increment("x")
+    node.gossip.touch(1.0)
+    node.gossip.take(1.0)
+    request = node.gossip.request(link, 1.0)
+    vector = node.counter.vector
+
+    def vector_and_an_increment():
+        before = vector()
+        node.counter.increment("x")
+        node.gossip.touch(1.0)
+        return before
+
+    monkeypatch.setattr(node.counter, "vector", vector_and_an_increment)
+    node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.0)
+    assert node.gossip.take(2.0) is link
+
+
+def test_a_peer_that_cannot_be_dialled_is_dialled_once_a_heartbeat_at_most():
+    node = Half()
+    link, tries = node.meet(), 0
+    for step in range(100):
+        now = 1 + step / 100
+        message = Message(Sender(A, AT_A, step + 2, False), NOBODY, None, None, None, [])
+        node.gossip.receive(message._replace(applied={}) if step % 50 == 0 else message, now)
+        node.counter.increment("x")
+        node.gossip.touch(now)
+        while node.gossip.take(now):
+            tries += 1
+            node.gossip.failed(link, OSError("down"), now)
+    assert tries < 20
+
+
+def test_a_heartbeat_answered_without_a_vector_is_no_answer():
+    node = Half()
+    link = node.meet()
+    node.gossip.contact([AT_A], 1.0)
+    node.gossip.take(1.0)
+    with pytest.raises(ValueError):
+        node.gossip.answered(link, node.gossip.request(link, 1.0), answer(), 1.0)
+
+
+def test_long_vectors_that_agreed_are_compared_by_their_hash():
+    node, peer = Half(), Half(A, AT_A)
+    for number in range(gossip.VECTOR_SHORT + 1):
+        delta = Delta(f"{number:08x}-1111-8111", 0, 1, {"x": (1, 1)})
+        assert node.counter.merge(delta, 0) == APPLIED
+        assert peer.counter.merge(delta, 0) == APPLIED
+    node.gossip.contact([AT_A], 0.0)
+    talk(node, peer, node.gossip.take(0.0), 0.0)
+    node.gossip.contact([AT_A], 1.0)
+    link = node.gossip.take(1.0)
+    assert node.gossip.request(link, 0.0).hash == vector_hash(node.counter.vector())
+    node.gossip.contact([AT_A], 1.0)
+    peer.counter.increment("x", 7)
+    talk(node, peer, link, 1.0)
+    talk(node, peer, node.gossip.take(2.0), 2.0)
+    assert node.counter.value("x") == gossip.VECTOR_SHORT + 1 + 7
+
+
+def test_a_restarted_peer_is_owed_everything_again():
+    node, first, second = Half(), Half(A, AT_A), Half(B, AT_A)
+    node.counter.increment("x")
+    node.gossip.contact([AT_A], 0.0)
+    for now in (0.0, 1.0):
+        talk(node, first, node.gossip.take(now), now)
+    assert first.counter.value("x") == 1
+    node.counter.increment("x")
+    node.gossip.touch(2.0)
+    now = 2.0
+    while link := node.gossip.take(now):
+        talk(node, second, link, now)
+        now += 1
+    assert second.counter.value("x") == 2
+    assert node.table.active() == [(B, AT_A)]
+
+
+def test_a_message_from_a_peer_ends_its_backoff():
+    node = Half()
+    link = node.meet()
+    node.counter.increment("x")
+    node.gossip.touch(1.0)
+    node.gossip.take(1.0)
+    for _ in range(20):
+        node.gossip.failed(link, OSError("down"), 1.0)
+    node.gossip.receive(Message(Sender(B, AT_A, 1, False), NOBODY, {}, None, None, []), 1.0)
+    assert node.gossip.take(1.0) is link
+
+
+def test_a_cloned_node_finds_a_new_id(caplog):
+    node = Half()
+    node.counter.increment("x")
+    node.gossip.receive(Message(A_SENDS, NOBODY, {ME: 2}, None, None, []), 0.0)
+    assert node.counter.replica != ME
+    assert node.table.describe()[0].id == node.counter.replica
+    assert "cloned" in caplog.text
+
+
+def test_draining_ends_when_all_have_confirmed_all_and_know_of_the_leaving():
+    node, peer = Half(), Half(A, AT_A)
+    link = node.meet()
+    node.counter.increment("x")
+    drained = []
+    thread = threading.Thread(target=lambda: drained.append(node.gossip.drain(time.monotonic, 20)))
+    thread.start()
+    while thread.is_alive():
+        if taken := node.gossip.take(time.monotonic()):
+            assert taken is link
+            talk(node, peer, link, time.monotonic())
+    assert drained == [True]
+    assert peer.counter.value("x") == 1
+    assert peer.table.active() == []
+
+
+def test_a_node_that_takes_more_than_it_sent_for_its_own_is_cloned(caplog):
+    """It learns so with the first push: what it counts until then, no peer will take."""
+    node = Half()
+    link = node.meet()
+    node.counter.increment("x")
+    node.gossip.touch(1.0)
+    assert node.gossip.take(1.0) is link
+    node.gossip.answered(link, node.gossip.request(link, 1.0), answer(confirms={ME: 2}), 1.0)
+    assert node.counter.replica != ME
+    assert "cloned" in caplog.text
+
+
+def test_a_node_under_whose_id_another_left_finds_a_new_one(caplog):
+    """Nobody would list it any more."""
+    node = Half()
+    node.gossip.receive(Message(A_SENDS, View([], [ME]), {}, None, None, []), 0.0)
+    assert node.counter.replica != ME
+    assert node.table.describe()[0].id == node.counter.replica
+    assert "cloned" in caplog.text
+
+
+def test_a_node_that_leaves_hears_that_it_leaves():
+    """And so nothing new."""
+    node = Half()
+    node.table.leave()
+    node.gossip.receive(Message(A_SENDS, View([], [ME]), {}, None, None, []), 0.0)
+    assert node.counter.replica == ME
+
+
+def test_who_waits_for_acks_is_woken_by_what_it_waits_for_only(monkeypatch):
+    """Hundreds may wait while hundreds of answers arrive in a second."""
+    node, looked, reached = Half(), threading.Semaphore(0), []
+    links = [node.meet(AT_A, A), node.meet(AT_B, B)]
+    node.counter.increment("x")
+    active = node.table.active
+    monkeypatch.setattr(node.table, "active", lambda: looked.release() or active())
+    waiting = threading.Thread(target=lambda: reached.append(node.gossip.wait_for_acks(ME, 1, 3, time.monotonic, 30)))
+    waiting.start()
+    assert looked.acquire(timeout=10)
+
+    def confirm(link, id, address):
+        node.gossip.swept([address], [], 1.0)
+        assert node.gossip.take(1.0) is link
+        node.gossip.answered(link, node.gossip.request(link, 1.0), answer({ME: 1}, id, address), 1.0)
+
+    confirm(links[0], A, AT_A)
+    assert looked.acquire(timeout=10)
+    confirm(links[0], A, AT_A)
+    assert not any(event.is_set() for event in node.gossip._awaited)
+    confirm(links[1], B, AT_B)
+    waiting.join(10)
+    assert reached == [3]
+    assert not node.gossip._awaited
+
+
+def test_draining_hands_over_to_the_successor_of_a_peer():
+    """Which it meets only while it drains."""
+    node, successor = Half(), Half(B, AT_A)
+    node.counter.increment("x")
+    node.meet(applied={ME: 1})
+    drained = []
+    thread = threading.Thread(target=lambda: drained.append(node.gossip.drain(time.monotonic, 20)))
+    thread.start()
+    while thread.is_alive():
+        if taken := node.gossip.take(time.monotonic()):
+            talk(node, successor, taken, time.monotonic())
+    assert drained == [True]
+    assert successor.counter.value("x") == 1
+
+
+def test_draining_tells_who_joins_meanwhile():
+    """At once: in a large cluster its turn to get a heartbeat may come late."""
+    node, peers = Half(), {AT_A: Half(A, AT_A), AT_B: Half(B, AT_B)}
+    node.meet()
+    drained = []
+    thread = threading.Thread(target=lambda: drained.append(node.gossip.drain(time.monotonic, 20)))
+    thread.start()
+    wait_until(lambda: node.gossip._pending)
+    peers[AT_B].gossip.contact([AT_ME], 0.0)
+    talk(peers[AT_B], node, peers[AT_B].gossip.take(0.0), 0.0)
+    while thread.is_alive():
+        if taken := node.gossip.take(time.monotonic()):
+            talk(node, peers[taken.address], taken, time.monotonic())
+    assert drained == [True]
+    assert peers[AT_A].table.active() == peers[AT_B].table.active() == []
+
+
+def test_draining_gives_up_after_its_timeout():
+    node = Half()
+    node.meet()
+    assert not node.gossip.drain(time.monotonic, 0.01)
+
+
+def test_a_key_accepted_while_an_answer_is_made_does_not_spoil_it():
+    """The time of a message is read before its deltas are cut, and the key may be a little younger."""
+    node = Half()
+    node.counter.increment_once("k", "x", 1, now=100.001)
+    message = Message(A_SENDS, NOBODY, {}, None, None, [])
+    ((_, _, _, _, age_s),) = decode(encode(node.gossip.receive(message, 100.0))).deltas[0].keys
+    assert age_s == 0
+
+
+def test_a_link_that_is_new_where_vectors_agree_starts_with_a_hash():
+    node, peer = Half(), Half(A, AT_A)
+    for number in range(gossip.VECTOR_SHORT + 1):
+        delta = Delta(f"{number:08x}-1111-8111", 0, 1, {"x": (1, 1)})
+        assert node.counter.merge(delta, 0) == APPLIED
+        assert peer.counter.merge(delta, 0) == APPLIED
+    node.gossip.contact([AT_A], 0.0)
+    talk(node, peer, node.gossip.take(0.0), 0.0)
+    node.gossip.contact([AT_B], 1.0)
+    assert node.gossip.request(node.gossip.take(1.0), 1.0).hash == vector_hash(node.counter.vector())
+
+
+def test_links_to_the_many_that_are_not_pushed_to_are_closed_when_idle():
+    node = Half(pushed_to=2)
+    addresses = [f"10.0.1.{number}:80" for number in range(6)]
+    for number, address in enumerate(addresses):
+        node.meet(address, f"{number:08x}-0000-8000")
+    assert len(node.gossip.unconfirmed()) == 6
+    node.gossip.swept([], [], 1.0 + gossip.LINK_IDLE_S)
+    assert len(node.gossip.unconfirmed()) == 2
+
+
+def test_unconfirmed_is_what_this_node_has_to_see_to():
+    """What active nodes count they push themselves; once one is gone, this node owes it to the others."""
+    node = Half()
+    node.meet(AT_A, A)
+    node.meet(AT_B, B)
+    node.gossip.contact(["10.0.0.9:80"], 0.0)  # which has never said what it holds
+    node.counter.merge(Delta(A, 0, 2, {"x": (2, 2)}), 0.0)
+    node.counter.increment("x")
+    assert node.gossip.unconfirmed() == {AT_A: 1, AT_B: 1}
+    for now in range(1, 8):
+        node.table.heard(Sender(B, AT_B, now + 1, False), NOBODY, float(now))
+        node.table.sweep(float(now))
+    assert [id for id, _ in node.table.active()] == [B]
+    assert node.gossip.unconfirmed() == {AT_A: 1, AT_B: 3}
+
+
+def test_whom_to_push_to_changes_where_there_are_more():
+    """All join through one seed; it is not to get every increment at once for ever."""
+    node, told = Half(pushed_to=2), set()
+    for number in range(6):
+        node.meet(f"10.0.1.{number}:80", f"{number:08x}-0000-8000")
+    for now in range(1, 30):
+        node.gossip.swept([], [], float(now))
+        node.counter.increment("x")
+        node.gossip.touch(float(now))
+        links = [node.gossip.take(float(now)) for _ in range(2)]
+        assert node.gossip.take(float(now)) is None
+        for link in links:
+            told.add(link.address)
+            node.gossip.failed(link, OSError("down"), float(now))
+            link.failures, link.retry_at, link.due = 0, 0.0, gossip.NEVER
+            node.gossip.released(link)
+    assert len(told) == 6

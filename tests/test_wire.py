@@ -1,0 +1,184 @@
+"""Messages as bytes: what survives the journey, and what is refused."""
+
+import contextlib
+import json
+import random
+
+import pytest
+from halves import A_SENDS, AT_A, AT_B, NOBODY, A, B, C
+
+from counter import AMOUNT_MAX, Delta, wire
+from counter.wire import Message, View, decode, encode, lacks, vector_hash
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Message(A_SENDS, View([(B, AT_B, 3)], [C]), {A: 5}, None, None, []),
+        Message(A_SENDS, NOBODY, None, "0" * 32, {A: 5}, []),
+        Message(
+            A_SENDS._replace(address=None, leaving=True), NOBODY, None, None, None, [Delta(A, 1, 3, {"x": (3, -7)})]
+        ),
+    ],
+)
+def test_a_message_survives_its_journey(message):
+    assert decode(encode(message)) == message
+
+
+def test_where_there_is_a_hash_the_vector_stays_at_home():
+    message = Message(A_SENDS, NOBODY, {A: 5}, "0" * 32, None, [])
+    assert decode(encode(message)) == message._replace(applied=None)
+
+
+DIGEST = "0123456789abcdef" * 2
+GOOD_KEY = [3, DIGEST, "y", 1, 0.5]
+GOOD_DELTA = {"replica": A, "after": 1, "through": 3, "totals": {"x": [2, 5], "y": [3, 1]}}
+
+
+def with_delta(**changes):
+    return {"from": A_SENDS._asdict(), "deltas": [GOOD_DELTA | changes]}
+
+
+def with_sender(**changes):
+    return {"from": A_SENDS._asdict() | changes}
+
+
+@pytest.mark.parametrize("body", [b"", b"x", b"\xff", b"[]", b"{}", b"1", b'"x"', b"null", b"[" * 60_000])
+def test_what_is_no_message_is_refused(body):
+    with pytest.raises(ValueError):
+        decode(body)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"from": None},
+        {"from": []},
+        {"from": {}},
+        {"from": {"id": A}},
+        with_sender(extra=1),
+        with_sender(id="x"),
+        with_sender(id=None),
+        with_sender(id=A + "\n"),
+        with_sender(address="x"),
+        with_sender(address=5),
+        with_sender(address=[]),
+        with_sender(beat=-1),
+        with_sender(beat=1.5),
+        with_sender(beat=True),
+        with_sender(beat=2**60),
+        with_sender(leaving=1),
+        with_sender() | {"unknown": 1},
+        with_sender() | {"view": None},
+        with_sender() | {"view": {"peers": [[A, AT_A]], "left": []}},
+        with_sender() | {"view": {"peers": [[A, "x", 1]], "left": []}},
+        with_sender() | {"view": {"peers": [["x", AT_A, 1]], "left": []}},
+        with_sender() | {"view": {"peers": [[A, AT_A, "1"]], "left": []}},
+        with_sender() | {"view": {"peers": [], "left": ["x"]}},
+        with_sender() | {"view": {"peers": [], "left": [None]}},
+        with_sender() | {"applied": []},
+        with_sender() | {"applied": {"x": 1}},
+        with_sender() | {"applied": {A: -1}},
+        with_sender() | {"applied": {A: 2**62}},
+        with_sender() | {"applied": {A: "1"}},
+        with_sender() | {"hash": 1},
+        with_sender() | {"confirms": {A: None}},
+        with_sender() | {"confirms": [A]},
+        with_sender() | {"deltas": {}},
+        with_sender() | {"deltas": [None]},
+        with_sender() | {"deltas": [[]]},
+        with_delta(replica="x"),
+        with_delta(replica=[]),
+        with_delta(after=-1),
+        with_delta(after=3),
+        with_delta(after="1"),
+        with_delta(through=2**62),
+        with_delta(through=4),
+        with_delta(totals={}),
+        with_delta(totals=[]),
+        with_delta(totals={"x": [3]}),
+        with_delta(totals={"x": 3}),
+        with_delta(totals={"x": [3, 1, 1]}),
+        with_delta(totals={"a b": [3, 1]}),
+        with_delta(totals={"x": [1, 1], "y": [3, 1]}),
+        with_delta(totals={"x": [3, 1], "y": [3, 1]}),
+        with_delta(totals={"x": [3.0, 1]}),
+        with_delta(totals={"x": [3, 1.0]}),
+        with_delta(totals={"x": [3, 3 * AMOUNT_MAX + 1]}),
+        with_delta(extra=1),
+        *(
+            with_delta(keys=[key])
+            for key in (
+                [1, DIGEST, "y", 1, 0],
+                [4, DIGEST, "y", 1, 0],
+                [3, "x", "y", 1, 0],
+                [3, DIGEST, "z", 1, 0],
+                [3, DIGEST, "y", 0, 0],
+                [3, DIGEST, "y", 1.0, 0],
+                [3, DIGEST, "y", 1, -1],
+                [3, DIGEST, "y", 1],
+                None,
+            )
+        ),
+        with_delta(keys=[GOOD_KEY, GOOD_KEY]),
+        with_delta(requires=[[A, 0]]),
+        with_delta(requires=[["x", 1]]),
+        with_delta(requires=None),
+    ],
+)
+def test_a_message_with_any_impossible_part_is_refused(fields):
+    with pytest.raises(ValueError):
+        decode(json.dumps(fields).encode())
+
+
+def test_a_good_message_of_that_kind_is_taken():
+    delta = Delta(A, 1, 3, {"x": (2, 5), "y": (3, 1)})
+    assert decode(json.dumps(with_delta()).encode()).deltas == [delta]
+    fields = with_delta(keys=[GOOD_KEY], requires=[[B, 2]])
+    delta = delta._replace(keys=(tuple(GOOD_KEY),), requires=((B, 2),))
+    assert decode(json.dumps(fields).encode()).deltas == [delta]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_message_damaged_anywhere_is_refused_or_still_makes_sense(seed):
+    """Whatever bytes arrive, nothing but ValueError comes out."""
+    rng = random.Random(seed)
+    body = encode(Message(A_SENDS, View([(B, AT_B, 3)], [C]), {A: 5}, None, {B: 1}, [Delta(A, 1, 3, {"x": (3, -7)})]))
+    for _ in range(300):
+        damaged = bytearray(body)
+        for _ in range(rng.randint(1, 3)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        with contextlib.suppress(ValueError):
+            assert encode(decode(bytes(damaged)))
+
+
+def test_equal_vectors_have_equal_hashes():
+    assert vector_hash({A: 1, B: 2}) == vector_hash({B: 2, A: 1})
+    assert vector_hash({A: 1, B: 2}) != vector_hash({A: 2, B: 1})
+
+
+def test_lacking_is_to_hold_less_of_any_replica():
+    assert not lacks({A: 2}, {A: 2})
+    assert not lacks({A: 2, B: 1}, {A: 1})
+    assert lacks({A: 2}, {A: 1, B: 1})
+    assert lacks({}, {A: 1})
+
+
+def test_a_large_delta_is_encoded_like_a_small_one():
+    names = range(2 * wire.PIECE + 1)
+    totals = {f"x{number}": (number + 1, number) for number in names}
+    keys = tuple((number + 1, DIGEST, f"x{number}", 1, 0.5) for number in names)
+    large = [Delta(A, 0, len(names), totals, (), ((B, 1),)), Delta(A, 0, len(names), totals, keys)]
+    message = Message(A_SENDS, NOBODY, {A: 5}, None, None, [Delta(A, 1, 3, {"x": (3, -7)}), *large])
+    assert decode(encode(message)) == message
+    assert b" " not in encode(message)
+
+
+def test_no_call_of_json_gets_more_than_a_piece(monkeypatch):
+    """Or all other threads would stand still: also where one counter has many keys."""
+    sizes, dumps = [], json.dumps
+    monkeypatch.setattr(json, "dumps", lambda value, **how: sizes.append(len(value)) or dumps(value, **how))
+    many = range(1, 2 * wire.PIECE + 2)
+    keys = tuple((number, DIGEST, "x", 1, 0.5) for number in many)
+    encode(Message(A_SENDS, NOBODY, None, None, None, [Delta(A, 0, many[-1], {"x": (many[-1], many[-1])}, keys)]))
+    assert max(sizes) == wire.PIECE
