@@ -147,11 +147,15 @@ def _checked(message):
         for replica, sequence in vector.items() if vector is not None else ():
             _require(REPLICA.match(replica) and _is_int(sequence, 0, SEQUENCE_MAX), "a vector")
     _require(hash is None or type(hash) is str, "a hash")
-    deltas = [_checked_delta(delta) for delta in deltas]
+    deltas = [checked_delta(delta) for delta in deltas]
     return Message(sender, View(peers, view.left), applied, hash, confirms, deltas)
 
 
-def _checked_delta(delta):
+def checked_delta(delta):
+    """Return a delta from elsewhere with its parts in their types; ValueError if it cannot be right.
+
+    What is of another type altogether may also raise TypeError or AttributeError.
+    """
     replica, after, through, totals, keys, requires = delta
     _require(REPLICA.match(replica), "a replica")
     _require(_is_int(through, 1, SEQUENCE_MAX) and _is_int(after, 0, through - 1), "a delta's range")
