@@ -101,11 +101,15 @@ class Node:
     def stop(self):
         """Answer what is in flight, hand everything to the peers, say leave, end all threads."""
         self.server.stop_serving_clients(self._stop_waiting)
-        if self.table.active() and not self.gossip.drain(time.monotonic, self.config.drain_timeout):
+        peers = self.table.active()
+        if peers and not self.gossip.drain(time.monotonic, self.config.drain_timeout):
             log.warning("stopping: not all peers confirmed everything within --drain-timeout")
         ended = [self.heartbeat.stop(STOP_S), self.replicator.stop(STOP_S), self.server.stop()]
         if not all(ended):
             log.warning("stopping: some threads still run")
+        accepted, unconfirmed = self.counter.vector().get(self.counter.replica, 0), self.gossip.unconfirmed()
+        held_by = sum(unconfirmed.get(address) == 0 for _, address in peers)
+        log.info("stopped: accepted=%d held_by=%d peers=%d", accepted, held_by, len(peers))
 
     def _stop_waiting(self):
         self.counter.stop_waiting()

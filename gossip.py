@@ -313,8 +313,11 @@ class Gossip:
             self._release_locked(link)
             if link in self._pushed:  # others are tried again by the sweeps alone
                 self._schedule_locked(link, link.retry_at)
-        # A peer that stays down is one line, not one per try.
-        log.log(logging.WARNING if first else logging.DEBUG, "retrying: addr=%s error=%s", link.address, _cause(error))
+        # A peer that stays down is one line, not one per try.  One that never answered may not have started yet.
+        starting = link.peer is None and isinstance(error, OSError)
+        level = logging.DEBUG if not first else logging.INFO if starting else logging.WARNING
+        what = "no answer yet" if starting else "retrying"
+        log.log(level, "%s: addr=%s error=%s", what, link.address, _cause(error))
 
     def _back_off_locked(self, link, now):
         link.failures += 1
@@ -394,7 +397,7 @@ class Gossip:
         if contact:
             self.contact(contact, now)
         if changes:
-            log_changes(changes)
+            log_changes(changes, len(self._table.active()))
             with self._lock:
                 self._wake_all_locked()  # a peer that is back counts again
                 self._confirming.notify_all()  # nobody is to wait for a peer that is gone

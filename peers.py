@@ -48,11 +48,11 @@ Sweep = namedtuple("Sweep", "contact seeds changes")  # addresses, names to reso
 Change = namedtuple("Change", "what id address")
 
 
-def log_changes(changes):
-    """Write one line for every change of the membership."""
+def log_changes(changes, active):
+    """Write one line for every change of the membership; `active` is how many peers are active after it."""
     for change in changes:
         level = logging.WARNING if change.what == "lost" else logging.INFO
-        log.log(level, "peer %s: addr=%s id=%s", change.what, change.address, change.id)
+        log.log(level, "peer %s: addr=%s id=%s active=%d", change.what, change.address, change.id, active)
 
 
 class _Probe:
@@ -501,7 +501,8 @@ class Heartbeat:
         while True:
             try:
                 sweep = self._table.sweep(self._clock())
-                log_changes(sweep.changes)
+                if sweep.changes:
+                    log_changes(sweep.changes, len(self._table.active()))
                 self._contact(sweep.contact, sweep.seeds)
             except Exception:  # a dead thread would end the heartbeats in silence
                 log.exception("heartbeat sweep failed")

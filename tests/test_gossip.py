@@ -132,7 +132,7 @@ def test_a_seed_that_cannot_be_looked_up_is_a_line_and_so_is_its_return(caplog):
         else:
             node.gossip.released(link)
     lines = [record.getMessage() for record in caplog.records if record.name == "counter.replication"]
-    assert lines == ["retrying: addr=seed:80 error=no such name", "recovered: addr=seed:80"]
+    assert lines == ["no answer yet: addr=seed:80 error=no such name", "recovered: addr=seed:80"]
 
 
 def test_a_heartbeat_does_not_wait_for_the_backoff():

@@ -142,7 +142,7 @@ def test_a_seed_may_start_after_the_node_that_names_it(start_node):
     port = free_port()
     early = start_node("--peers", f"127.0.0.1:{port}")
     early.increment()
-    wait_until(lambda: "retrying" in early.stderr())
+    wait_until(lambda: "no answer yet" in early.stderr())
     seed = start_node(port=port)
     seed.increment()
     assert all_count(2, early, seed)

@@ -122,9 +122,10 @@ def test_a_peer_that_answers_nonsense_is_tried_again_and_harms_nobody(pool, repl
 
 def test_the_log_says_in_words_why_sending_failed(pool, caplog):
     """Without what requests wraps around it: it is read by operators."""
+    caplog.set_level(logging.INFO)
     _, replicator, (peer,) = pool(lambda body: 1 / 0)  # which hangs up without an answer
     replicator.contact([peer.address], [])
-    said = f"retrying: addr={peer.address} error=Remote end closed connection without response"
+    said = f"no answer yet: addr={peer.address} error=Remote end closed connection without response"
     wait_until(lambda: said in [record.getMessage() for record in caplog.records])
 
 
