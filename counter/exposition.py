@@ -1,6 +1,6 @@
 """What a node tells Prometheus: all its numbers in the text format.
 
-render() reads a Node through the methods others use as well; nothing here changes anything.
+render() reads the parts of a node through methods that others use as well, and changes nothing.
 
 Sources: Prometheus, "Exposition formats" (text format 0.0.4) and "Metric and label naming".
 """
@@ -9,6 +9,7 @@ import platform
 import time
 from itertools import accumulate
 
+from counter import __version__
 from counter.metrics import BUCKETS_S, TIMED_ONE_IN
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -19,16 +20,19 @@ DURATION_HELP = (
 )
 
 
-def render(node, version, now):
-    """Return the metrics of a node as text; `now` is of the clock its peer table uses."""
-    counter, said = node.counter, node.replicator.traffic.numbers()
+def render(counter, table, gossip, traffic, server, started_at, now):
+    """Return the metrics of a node as text.
+
+    `started_at` is its start in seconds since 1970; `now` is of the clock its peer table uses.
+    """
+    said = traffic.numbers()
     values, _ = counter.list("", "", NAMED_MAX)
     counters, keys = counter.sizes()
     vector = counter.vector()
-    peers = node.table.snapshot(now)
-    unconfirmed = node.gossip.unconfirmed()
+    peers = table.snapshot(now)
+    unconfirmed = gossip.unconfirmed()
     states = [state for _, _, state, _ in peers]
-    requests = node.server.requests.totals()
+    requests = server.requests.totals()
     families = [
         ("counter_increments_total", "counter", "Increments this node accepted.",
          [("", {}, vector.get(counter.replica, 0))]),
@@ -44,7 +48,7 @@ def render(node, version, now):
         ("counter_http_request_duration_seconds", "histogram", DURATION_HELP,
          [sample for route, tally in requests.items() for sample in _histogram(route, tally)]),
         ("counter_connections", "gauge", "Open connections: of clients, of peers, and not yet known whose.",
-         [("", {"kind": kind}, number) for kind, number in node.server.connections().items()]),
+         [("", {"kind": kind}, number) for kind, number in server.connections().items()]),
         ("counter_peers", "gauge", "Peers, by state.",
          [("", {"state": state}, states.count(state)) for state in ("active", "lost")]),
         ("counter_peer_unconfirmed_increments", "gauge",
@@ -67,9 +71,9 @@ def render(node, version, now):
         ("counter_gossip_received_bytes_total", "counter", "Bytes received from peers, without HTTP heads.",
          [("", {}, said["bytes_received"])]),
         ("counter_build_info", "gauge", "Always 1.",
-         [("", {"version": version, "python": platform.python_version()}, 1)]),
+         [("", {"version": __version__, "python": platform.python_version()}, 1)]),
         ("process_start_time_seconds", "gauge", "Start of this node, in seconds since 1970.",
-         [("", {}, round(node.started_at, 3))]),
+         [("", {}, round(started_at, 3))]),
         ("process_cpu_seconds_total", "counter", "User and system CPU time spent.", [("", {}, time.process_time())]),
     ]  # fmt: skip
     return "".join(line for family in families for line in _lines(*family))

@@ -8,9 +8,11 @@ from counter.http1 import Refused
 from counter.state import AMOUNT_MAX, NAME, parse_increment_id
 
 WAIT_DEFAULT_S, WAIT_MAX_S = 5.0, 60.0  # of ?timeout=
+COUNTS_MAX = 1000  # counters in one answer
 
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,18})\Z", re.ASCII)
 _SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9})?\Z", re.ASCII)
+_PREFIX = re.compile(r"[A-Za-z0-9._:-]{0,128}\Z")
 _KEY = re.compile(r"[\x21-\x7e]{1,255}\Z")
 
 
@@ -47,8 +49,8 @@ def checked_amount(amount):
     return amount
 
 
-def body_amount(body, default, given_in_query):
-    """Return the amount a JSON body says; without one it is `default`."""
+def body_amount(body, in_query):
+    """Return the amount in a JSON body; without one there, that of the query (None: not given), or 1."""
     try:
         fields = json.loads(body.decode(), object_pairs_hook=_distinct)
     except (ValueError, RecursionError):
@@ -56,8 +58,8 @@ def body_amount(body, default, given_in_query):
     if type(fields) is not dict or fields.keys() - {"amount"}:
         raise Refused(400, 'the body must be a JSON object with no other field than "amount"')
     if not fields:
-        return default
-    if given_in_query:
+        return in_query or 1
+    if in_query is not None:
         raise Refused(400, "send amount in the query or in the body, not in both")
     return checked_amount(fields["amount"])
 
@@ -76,10 +78,25 @@ def dot(text):
         raise Refused(400, 'an increment id is a UUIDv8 as POST /increment answers it in "id"') from None
 
 
-def timeout_s(query):
+def prefix(text):
+    if not _PREFIX.match(text):
+        raise Refused(400, "a prefix is up to 128 of A-Z a-z 0-9 . _ : -")
+    return text
+
+
+def limit(text):
+    if not re.fullmatch("[1-9][0-9]{0,3}", text) or int(text) > COUNTS_MAX:
+        raise Refused(400, f"limit must be an integer from 1 to {COUNTS_MAX}")
+    return int(text)
+
+
+def timeout_s(query, goes_with):
+    """Return the seconds that `timeout` says, of a query in which it is allowed only beside `goes_with`."""
     text = query.get("timeout")
     if text is None:
         return WAIT_DEFAULT_S
+    if goes_with not in query:
+        raise Refused(400, f"timeout goes with {goes_with}")
     if not _SECONDS.match(text) or float(text) > WAIT_MAX_S:
         raise Refused(400, f"timeout must be a number of seconds from 0 to {WAIT_MAX_S:.0f}")
     return float(text)

@@ -286,8 +286,8 @@ class Server(ThreadingHTTPServer):
     request_queue_size = BACKLOG
     allow_reuse_port = False  # or two nodes could take the same port
 
-    def __init__(self, config, api):
-        self.api = api
+    def __init__(self, config):
+        self.api = None  # what requests mean, from start() on
         self.stopping = False
         self.requests = metrics.Requests()
         # Guards the four below.  Held for dictionary work only, never together with another.
@@ -310,7 +310,9 @@ class Server(ThreadingHTTPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)  # HTTPServer would look up the host's name as well
 
-    def start(self):
+    def start(self, api):
+        """Accept connections from now on, and let `api` answer their requests."""
+        self.api = api
         self._thread.start()
 
     def stop_serving_clients(self, release_waiting):

@@ -11,9 +11,10 @@ from clients import NOBODYS_ID, closes_with, gossip_request, next_id, problem, r
 from conftest import PROJECT, wait_until, wait_until_waiting
 
 import counter_server
-from counter import AMOUNT_MAX, Delta, increment_id, new_replica, wire
+from api import BODY_MAX
+from counter import AMOUNT_MAX, Delta, __version__, http1, increment_id, new_replica, wire
 from counter.config import parse_arguments
-from counter_server import BODY_MAX, Node
+from counter_server import Node
 
 
 @pytest.fixture(scope="module")
@@ -547,6 +548,34 @@ def test_a_query_that_means_nothing_is_refused(client, path):
 
 
 @pytest.mark.parametrize(
+    ("method", "target", "may_wait"),
+    [
+        ("POST", "/increment/x?amount=2", False),
+        ("POST", "/increment?acks=1", True),
+        ("POST", "/increment?%61cks=1", True),
+        ("GET", "/count/x", False),
+        ("HEAD", "/count/x", False),
+        ("GET", f"/count?after={NOBODYS_ID}", True),
+        ("GET", f"/increments/{NOBODYS_ID}", False),
+        ("GET", "/healthz", False),
+        ("GET", "/readyz", False),
+        ("OPTIONS", "/count", False),
+        ("GET", "/counts", True),
+        ("GET", "/peers", True),
+        ("GET", "/metrics", True),
+        ("GET", "/", True),
+        ("POST", wire.PATH, True),
+    ],
+)
+@pytest.mark.parametrize("headers", [(), ("Origin: https://a.example",)])
+def test_an_action_says_whether_it_may_wait(start_local, method, target, may_wait, headers):
+    """A thread that serves many connections runs only those that answer at once."""
+    api = start_local("--cors-origin", "https://a.example").api
+    head = http1.parse_head(request(method, target, *headers)[:-4])
+    assert api.action(head).may_wait is may_wait
+
+
+@pytest.mark.parametrize(
     ("path", "status"),
     [("/count", 200), ("/count/x?after=1", 400), ("/peers", 200), ("/healthz", 200), ("/readyz", 200),
      ("/nowhere", 404), (f"/increments/{NOBODYS_ID}", 404), (f"/count?timeout=0&after={NOBODYS_ID}", 504)],
@@ -704,7 +733,7 @@ def run(*arguments):
 def test_the_version_is_printed():
     """As name and number, with status 0."""
     ended = run("--version")
-    assert (ended.returncode, ended.stdout) == (0, f"counter_server.py {counter_server.__version__}\n")
+    assert (ended.returncode, ended.stdout) == (0, f"counter_server.py {__version__}\n")
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--port", "x"), ("--peers", "nowhere"), ("--peer-timeout", "0.5")])

@@ -16,10 +16,11 @@ import pytest
 from clients import NOBODYS_ID, Client, closes_with, gossip_request, problem, read_reply, request
 from conftest import wait_until, wait_until_waiting
 
+from api import BODY_MAX, action
 from counter import Delta, http1, new_replica, serving, wire
 from counter.config import parse_arguments
 from counter.serving import CLIENT, RESERVE_MAX, Connection
-from counter_server import BODY_MAX, Node
+from counter_server import Node
 
 
 class Pieces:
@@ -496,7 +497,8 @@ def test_an_action_may_answer_in_pieces(client, node, monkeypatch, lines):
 def test_a_page_of_an_allowed_site_may_get_an_answer_in_pieces(start_local, connect, monkeypatch):
     """The headers that allow it are in the first piece."""
     node = start_local("--cors-origin", "https://a.example")
-    monkeypatch.setattr(node.server.api, "_route", lambda head: lambda *_: iter([http1.response(200, b"a"), b""]))
+    in_pieces = action()(lambda *_: iter([http1.response(200, b"a"), b""]))
+    monkeypatch.setattr(node.server.api, "_route", lambda head: in_pieces)
     reply = connect(node).ask("GET", "/count", "Origin: https://a.example")
     assert (reply.headers["access-control-allow-origin"], reply.body) == ("https://a.example", b"a")
 

@@ -1,0 +1,366 @@
+"""What requests mean: from the head of a request to the action that answers it.
+
+    api.action(head)           a route checks everything that the head says, and returns an action
+    action(body, connection)   answers the request; called again when the same head comes again
+
+Routes run in the thread of their connection.  They use the parts of a node and know nothing of sockets.
+"""
+
+import itertools
+import json
+import math
+import re
+import time
+
+from counter import (
+    KeyReused,
+    TooManyCounters,
+    TooManyKeys,
+    __version__,
+    auth,
+    dashboard,
+    exposition,
+    http1,
+    increment_id,
+    metrics,
+    parameters,
+    wire,
+)
+from counter.addresses import join_address
+from counter.http1 import Refused, unavailable
+from counter.serving import STOPPING
+from counter.wire import same_signature
+
+BODY_MAX = 64 * 1024  # bytes of a public request's body
+
+_UUID7 = re.compile(r"([0-9a-f]{8})-([0-9a-f]{4})-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z", re.IGNORECASE)
+
+
+def action(may_wait=True):
+    """Turn a function of (body, connection) into an action.
+
+    It returns the bytes of a response, or an iterable of pieces of which the first has the whole head;
+    or it raises Refused.  One with `may_wait` False answers in microseconds and in few bytes, so a
+    thread that serves many connections can run it.
+    """
+
+    def mark(function):
+        function.may_wait = may_wait
+        return function
+
+    return mark
+
+
+class Api:
+    """The routes.  Each is a method of (head, the last part of a named path) and returns an action."""
+
+    # Always served, even at --max-connections: peer messages and health checks.  An orchestrator whose
+    # probes fail on every overloaded node at once would restart them all and lose the counts.
+    vital_paths = frozenset({wire.PATH, "/healthz", "/readyz", "/metrics"})
+
+    def __init__(self, config, counter, table, gossip, replicator, signer, server, readiness):
+        self._cors_origins, self._window_s = config.cors_origin, config.idempotency_window
+        self._counter, self._table, self._gossip = counter, table, gossip
+        self._replicator, self._signer, self._server = replicator, signer, server
+        self._readiness = readiness  # () -> (ready, alone)
+        self._started, self._started_at = time.monotonic(), time.time()
+        self._routes = {  # path -> {method: route}; a GET serves HEAD as well
+            "/increment": {"POST": self._increment},
+            "/count": {"GET": self._count},
+            "/counts": {"GET": self._counts},
+            "/peers": {"GET": self._peers},
+            "/healthz": {"GET": self._healthz},
+            "/readyz": {"GET": self._readyz},
+            "/metrics": {"GET": self._metrics},
+            "/": {"GET": self._dashboard},
+            wire.PATH: {"POST": self._message},
+        }
+        self._named_routes = {  # path up to its last part, which the route is called with
+            "/increment/": {"POST": self._increment},
+            "/count/": {"GET": self._count},
+            "/increments/": {"GET": self._increment_status},
+        }
+
+    def route_of(self, path):
+        """Return the path by which requests are counted, one of few."""
+        parent = path.rpartition("/")[0]
+        return path if path in self._routes else parent if f"{parent}/" in self._named_routes else metrics.OTHER
+
+    def body_max(self, head):
+        """Return how many bytes the body of a request may have.
+
+        Raises Refused if the body is large and its length is not signed.
+        """
+        if head.path != wire.PATH:
+            return BODY_MAX
+        if head.length > wire.BODY_UNPROVEN:
+            signature = head.headers.get(wire.SIGNATURE.lower(), "")
+            given = head.headers.get(wire.LENGTH_SIGNATURE.lower(), "")
+            if not same_signature(given, self._signer.length(signature, head.length)):
+                raise _wrong_signature(close=True)
+        return wire.BODY_MAX
+
+    def body_sink(self, head):
+        """Return what takes the body of a request with this head as it arrives; None to have it as bytes."""
+        return None
+
+    def action(self, head):
+        """Return what answers a request with this head; Refused if nothing does."""
+        lines = auth.cross_origin_headers(head, self._cors_origins)
+        if lines is None:
+            return self._route(head)
+        try:
+            answer = self._route(head)
+        except Refused as refused:
+            answer = _refusing(refused)
+        return _with_headers(answer, lines)
+
+    def _route(self, head):
+        parent, slash, last = head.path.rpartition("/")
+        if head.path in self._routes:
+            routes, arguments = self._routes[head.path], ()
+        elif parent + slash in self._named_routes:
+            routes, arguments = self._named_routes[parent + slash], (last,)
+        elif head.path == "*" and head.method == "OPTIONS":
+            routes, arguments = {"GET": None, "POST": None}, ()
+        else:
+            raise Refused(404, "no such path; try POST /increment, GET /count or GET /peers")
+        route = routes.get("GET" if head.method == "HEAD" else head.method)
+        if route:
+            return route(head, *arguments)
+        allowed = ", ".join([*routes, *(["HEAD"] if "GET" in routes else []), "OPTIONS"])
+        if head.method == "OPTIONS":
+            return _allowing(allowed)
+        raise Refused(405, f"this path takes {allowed}", [("Allow", allowed)])
+
+    def _increment(self, head, name="default"):
+        name = parameters.name(name)
+        query = http1.parse_query(head.query, ("amount", "acks", "timeout"))
+        amount = parameters.amount(query["amount"]) if "amount" in query else None
+        acks = parameters.acks(query["acks"]) if "acks" in query else None
+        timeout_s = parameters.timeout_s(query, "acks")
+        key = head.headers.get("idempotency-key")
+        if key is not None:
+            key = parameters.idempotency_key(key)
+        counter, replicator, gossip = self._counter, self._replicator, self._gossip
+
+        @action(may_wait=acks is not None)
+        def increment(body, _connection):
+            by = parameters.body_amount(body, amount) if body else amount or 1
+            try:
+                if key is None:
+                    replica, sequence, count = counter.increment(name, by)
+                    replayed = False
+                else:
+                    self._refuse_if_old(key)
+                    replica, sequence, count, replayed = counter.increment_once(key, name, by, time.monotonic())
+            except (TooManyCounters, TooManyKeys, KeyReused) as error:
+                raise _not_counted(error) from None
+            replicator.wake()
+            fields = f'"id": "{increment_id(replica, sequence)}", "name": "{name}", "count": {count}'
+            if acks is None and not replayed:
+                return http1.ok(f"{{{fields}}}\n")
+            status = 200
+            if acks is not None:
+                reached = gossip.wait_for_acks(replica, sequence, acks, time.monotonic, timeout_s)
+                status, fields = 200 if reached >= acks else 202, f'{fields}, "acks": {reached}'
+            headers = [("Idempotent-Replayed", "true")] if replayed else []
+            return http1.response(status, f"{{{fields}}}\n".encode(), headers=headers)
+
+        return increment
+
+    def _refuse_if_old(self, key):
+        """Refuse a UUIDv7 that was made so long ago that it may have been counted and forgotten."""
+        match = _UUID7.match(key)
+        if match and time.time() - int(match[1] + match[2], 16) / 1000 > self._window_s:
+            raise Refused(400, "this idempotency key is a UUIDv7 older than --idempotency-window; use a new one")
+
+    def _count(self, head, name="default"):
+        name = parameters.name(name)
+        query = http1.parse_query(head.query, ("after", "timeout"))
+        dot = parameters.dot(query["after"]) if "after" in query else None
+        timeout_s = parameters.timeout_s(query, "after")
+        counter = self._counter
+
+        @action(may_wait=dot is not None)
+        def count(_body, _connection):
+            if dot and not counter.wait_until_held(*dot, timeout_s):
+                if self._server.stopping:
+                    raise unavailable(STOPPING)
+                raise Refused(504, "that increment has not arrived here within the timeout; try again")
+            return http1.ok(f'{{"name": "{name}", "count": {counter.value(name)}}}\n')
+
+        return count
+
+    def _counts(self, head):
+        query = http1.parse_query(head.query, ("prefix", "start", "limit"))
+        prefix = parameters.prefix(query.get("prefix", ""))
+        start = parameters.checked_name(query["start"]) if "start" in query else ""
+        limit = parameters.limit(query.get("limit", "100"))
+
+        @action()
+        def counts(_body, _connection):
+            values, next = self._counter.list(prefix, start, limit)
+            return _json({"counts": values, "next": next})
+
+        return counts
+
+    def _increment_status(self, head, id):
+        http1.parse_query(head.query, ())
+        dot = parameters.dot(http1.decode_component(id))
+
+        @action(may_wait=False)
+        def status(_body, _connection):
+            if not self._counter.holds(*dot):
+                raise Refused(404, "that increment has not arrived here, or not yet")
+            return _json({"id": increment_id(*dot), "applied": True})
+
+        return status
+
+    def _peers(self, head):
+        http1.parse_query(head.query, ())
+
+        @action()
+        def peers(_body, _connection):
+            now, unconfirmed = time.monotonic(), self._gossip.unconfirmed()
+            about = {
+                "id": self._counter.replica,
+                "address": self._table.address,
+                "uptime_s": round(now - self._started, 1),
+                "version": __version__,
+            }
+            listed = [
+                {
+                    "id": id,
+                    "address": address,
+                    "state": state,
+                    "silent_s": round(silent_s, 3),
+                    "unconfirmed": unconfirmed.get(address),
+                }
+                for id, address, state, silent_s in self._table.snapshot(now)
+            ]
+            return _json({"self": about, "peers": listed})
+
+        return peers
+
+    def _healthz(self, head):
+        http1.parse_query(head.query, ())
+
+        @action(may_wait=False)
+        def health(_body, _connection):
+            return _json({"status": "alive"})
+
+        return health
+
+    def _readyz(self, head):
+        http1.parse_query(head.query, ())
+
+        @action(may_wait=False)
+        def readiness(_body, _connection):
+            if self._server.stopping:
+                raise unavailable(STOPPING)
+            ready, alone = self._readiness()
+            if not ready:
+                raise unavailable("this node has not yet caught up with any of its peers")
+            return _json({"status": "ready", "alone": alone})
+
+        return readiness
+
+    def _metrics(self, head):
+        http1.parse_query(head.query, ())
+
+        @action()
+        def scrape(_body, _connection):
+            text = exposition.render(
+                self._counter,
+                self._table,
+                self._gossip,
+                self._replicator.traffic,
+                self._server,
+                self._started_at,
+                time.monotonic(),
+            )
+            return http1.response(200, text.encode(), exposition.CONTENT_TYPE)
+
+        return scrape
+
+    def _dashboard(self, head):
+        http1.parse_query(head.query, ())
+
+        @action()
+        def page(_body, _connection):
+            return http1.response(200, dashboard.PAGE, "text/html; charset=utf-8", dashboard.HEADERS)
+
+        return page
+
+    def _message(self, head):
+        http1.parse_query(head.query, ())
+        signature, signer = head.headers.get(wire.SIGNATURE.lower(), ""), self._signer
+
+        @action()
+        def receive(body, connection):
+            if not same_signature(signature, signer.request(body)):
+                raise _wrong_signature()
+            try:
+                message = wire.decode(body)
+            except ValueError as error:
+                raise Refused(400, str(error)) from None
+            if self._table.address is None and message.sender.id != self._counter.replica:
+                self._table.advertise(join_address(connection.local_host(), self._server.server_address[1]))
+            answer = self._gossip.receive(message, time.monotonic())
+            self._server.recognise_peer(connection)
+            deltas, answer = len(answer.deltas), wire.encode(answer)
+            self._replicator.traffic.add(deltas=deltas, bytes_received=len(body), bytes_sent=len(answer))
+            return http1.response(200, answer, headers=[(wire.SIGNATURE, signer.answer(signature, answer))])
+
+        return receive
+
+
+def _json(fields):
+    return http1.ok(json.dumps(fields) + "\n")
+
+
+def _refusing(refused):
+    @action(may_wait=False)
+    def refuse(_body, _connection):
+        raise refused
+
+    return refuse
+
+
+def _allowing(allowed):
+    @action(may_wait=False)
+    def options(_body, _connection):
+        return http1.response(204, b"", headers=[("Allow", allowed)])
+
+    return options
+
+
+def _with_headers(inner, lines):
+    """Return the action with further header lines in its response, also where it refuses."""
+
+    @action(may_wait=inner.may_wait)
+    def answer(body, connection):
+        try:
+            response, further = http1.opened(inner(body, connection))
+        except Refused as refused:
+            response, further = refused.response(), ()
+        response = http1.with_header(response, lines)
+        return itertools.chain([response], further) if further else response
+
+    return answer
+
+
+def _not_counted(error):
+    """Return the Refused that tells a client why its increment was not counted."""
+    if isinstance(error, TooManyCounters):
+        return Refused(507, "this node has --max-counters counters; increment one that exists")
+    if isinstance(error, TooManyKeys):
+        retry_after = [("Retry-After", str(math.ceil(error.args[0])))]
+        return Refused(503, "no further idempotency key can be remembered for now", retry_after)
+    return Refused(422, "this idempotency key came before, with another counter or amount")
+
+
+def _wrong_signature(close=False):
+    challenge = [("WWW-Authenticate", wire.SIGNATURE)]
+    return Refused(401, "the signature is wrong: another --cluster or --secret-file?", challenge, close)
