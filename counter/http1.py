@@ -1,8 +1,8 @@
-"""HTTP/1.1 messages as bytes: reading the head of a request, writing a response.
+"""HTTP/1.1 messages as bytes: taking requests apart, writing responses.
 
-Pure: no socket.  Strict where leniency is dangerous: whatever two programs in a row might read
-differently is refused (RFC 9112 section 11.2, request smuggling).  Parsing is a function of the
-bytes alone, so that a connection can reuse the parse of a head it has seen before.
+Pure: no socket, and no time but the date of a response.  Strict where leniency is dangerous:
+whatever two programs in a row might read differently is refused (RFC 9112 section 11.2, request
+smuggling).  Parsing is a function of the bytes alone, so the parse of a head can be used again.
 """
 
 import json
@@ -24,6 +24,8 @@ _ABSOLUTE = re.compile(r"\Ahttps?://[^/?#]*", re.IGNORECASE)
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 # Of these one line is allowed: two could be read differently by the next program.
 _SINGLE = {"host", "content-length", "transfer-encoding", "idempotency-key", "origin", "sec-fetch-site"}
+
+_TLS_HELLO = 0x16  # the first byte of a client that speaks TLS: a record of its handshake
 
 # `path` and `query` are still percent-encoded; `headers` is {lower-case name: value}.
 Head = namedtuple("Head", "method path query headers length keep_alive is_http10 expects_continue")
@@ -49,6 +51,67 @@ class Refused(Exception):
 def unavailable(detail, close=False):
     """Return the 503 for a request that a later try or another node may serve."""
     return Refused(503, detail, [("Retry-After", "1")], close)
+
+
+class RequestReader:
+    """Takes the requests on one connection apart, however their bytes arrive.
+
+    Feed it what was received.  For each request, next() returns its Head, then the pieces of its
+    body as they have arrived, then b""; None asks for more bytes.  It raises Refused for what is
+    not clean HTTP, and must not be used after that: nobody knows where the next request begins.
+    """
+
+    def __init__(self):
+        self._buffer = b""
+        self._searched = 0  # bytes of the buffer in which a head does not end
+        self._missing = None  # bytes of the body yet to come; None before and within a head
+
+    def feed(self, data):
+        self._buffer += data
+
+    @property
+    def waits_for_request(self):
+        """Whether nothing of a request has arrived that was not returned by next()."""
+        return self._missing is None and self._buffer in (b"", b"\r")
+
+    @property
+    def buffered(self):
+        """How many bytes have arrived that were not returned by next()."""
+        return len(self._buffer)
+
+    def next(self):
+        if self._missing is None:
+            return self._next_head()
+        if not self._missing:
+            self._missing = None
+            return b""
+        piece = self._buffer[: self._missing]
+        self._buffer = self._buffer[len(piece) :]
+        self._missing -= len(piece)
+        return piece or None
+
+    def _next_head(self):
+        while self._buffer.startswith(b"\r\n"):  # some clients end a body with one; RFC 9112 section 2.2
+            self._buffer = self._buffer[2:]
+        buffer = self._buffer
+        end = buffer.find(b"\r\n\r\n", self._searched)
+        if end < 0:
+            self._refuse_hopeless_head()
+            self._searched = max(0, len(buffer) - 3)
+            return None
+        self._searched = 0
+        head = parse_head(buffer[:end])
+        self._buffer, self._missing = buffer[end + 4 :], head.length
+        return head
+
+    def _refuse_hopeless_head(self):
+        """Refuse what arrived of a head if the rest cannot make it good."""
+        buffer = self._buffer
+        if buffer and buffer[0] == _TLS_HELLO:
+            raise Refused(400, "this port speaks plain HTTP, not TLS; use http://", close=True)
+        # Up to 3 bytes of the end of the head, or 1 of the line's, may be among them.
+        if len(buffer) > HEAD_MAX + 3 or (len(buffer) > LINE_MAX + 1 and b"\r\n" not in buffer):
+            parse_head(buffer)
 
 
 def parse_head(head):

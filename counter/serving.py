@@ -1,7 +1,7 @@
 """Serving HTTP: a thread per connection, a bounded number of them, and what each does.
 
     accept thread ─▶ Server.process_request ─▶ connection-N thread ─▶ Connection
-                                                     _read_head, _read_body ─▶ api.action(head)
+                                                     RequestReader ─▶ api.action(head)
                                                      action(body, connection) ─▶ _send(response)
 
 The api decides what requests mean and how long a body may be.  With `api.body_sink(head)` it may
@@ -49,29 +49,25 @@ COMPLAINT_INTERVAL_S = 60.0  # between two lines in the log that say the same
 STOPPING = "this node is stopping; try another"
 
 
-class Connection(socketserver.BaseRequestHandler):
+class Connection:
     """One connection of a client or a peer, served by a thread of its own."""
 
-    def __init__(self, sock, address, server, kind):
-        self.kind = kind
-        super().__init__(sock, address, server)  # which calls the two below
-
-    def setup(self):
-        self._received = b""  # read, but not yet part of a request
+    def __init__(self, sock, server, kind):
+        self.request, self.server, self.kind = sock, server, kind
+        self._reader = http1.RequestReader()
+        self._received = None  # what was read latest, if a request may be all of it
         self._receive_timeout_s = None  # as it is set on the socket
         self._route = metrics.OTHER  # of the latest request
-        self._tally = self.server.requests.open()
+        self._tally = server.requests.open()
         self._untimed = random.randrange(metrics.TIMED_ONE_IN)  # repeated requests until one is timed
-
-    def finish(self):
-        self.server.requests.close(self._tally)
 
     def local_host(self):
         """Return the address of this machine that the connection came to."""
         host = ipaddress.ip_address(self.request.getsockname()[0])
         return str(getattr(host, "ipv4_mapped", None) or host)
 
-    def handle(self):
+    def serve(self):
+        """Serve requests until the connection ends."""
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_TIMEOUT_S))
@@ -84,9 +80,11 @@ class Connection(socketserver.BaseRequestHandler):
             self._tally.of(self._route).count(response, 0.0)
             with contextlib.suppress(OSError):
                 self._close_with(response)
+        finally:
+            self.server.requests.close(self._tally)
 
     def _serve(self):
-        while self._received or self._receive(RESERVE_TIMEOUT_S if self.kind == RESERVED else IDLE_TIMEOUT_S):
+        while self._wait_for_request():
             received = self._received
             response, further, keep_alive, action = self._answer_next()
             tally = self._tally.of(self._route)
@@ -97,6 +95,15 @@ class Connection(socketserver.BaseRequestHandler):
             self._send(response, further)
             if action:
                 self._serve_repeated(received, action, tally)
+
+    def _wait_for_request(self):
+        """Wait until some of the next request is there; return whether it comes."""
+        deadline = time.monotonic() + (RESERVE_TIMEOUT_S if self.kind == RESERVED else IDLE_TIMEOUT_S)
+        while self._reader.waits_for_request:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not self._receive(left_s):
+                return False
+        return True
 
     def _serve_repeated(self, request, action, tally):
         """Answer a request without a body for as long as the client sends just these bytes again.
@@ -111,6 +118,7 @@ class Connection(socketserver.BaseRequestHandler):
             received = receive(RECEIVE_SIZE)
             if received != request or self._is_to_end():
                 self._received, self._untimed = received, untimed
+                self._reader.feed(received)
                 return
             began = None if untimed else time.perf_counter()
             try:
@@ -153,12 +161,12 @@ class Connection(socketserver.BaseRequestHandler):
 
         The action is None where calling it again is not all it takes to answer the same bytes.
         """
-        received, head, body, action, further = self._received, None, None, None, ()
+        head, body, action, further = None, None, None, ()
         self._route, self._began = metrics.OTHER, time.perf_counter()
+        received = self._received
         try:
-            head, raw = self._read_head()
+            head = self._read_head()
             self._route = self.server.api.route_of(head.path)
-            repeats = received == raw + b"\r\n\r\n" and not head.length
             if self.kind == RESERVED and head.path not in self.server.api.vital_paths:
                 raise unavailable(STOPPING if self.server.stopping else "all connections are taken; try again later")
             body = self._read_body(head)
@@ -174,22 +182,17 @@ class Connection(socketserver.BaseRequestHandler):
             response, further = http1.without_body(response), ()
         if head.is_http10 and head.keep_alive and not close and not self._is_to_end():
             response = http1.with_header(response, b"Connection: keep-alive")
-        repeats = repeats and body == b"" and head.method != "HEAD" and not head.is_http10
+        repeats = received is not None and received is self._received and not self._reader.buffered and body == b""
+        repeats = repeats and head.method != "HEAD" and not head.is_http10
+        self._received = None
         return response, further, head.keep_alive and not close, action if repeats else None
 
     def _read_head(self):
-        """Return the Head of the next request, and the bytes it was parsed from."""
+        """Return the Head of the next request."""
         deadline = time.monotonic() + (RESERVE_TIMEOUT_S if self.kind == RESERVED else HEAD_TIMEOUT_S)
-        while True:
-            self._received = self._received.removeprefix(b"\r\n")  # RFC 9112 section 2.2
-            raw, end, rest = self._received.partition(b"\r\n\r\n")
-            # Up to 3 bytes of the end of the head, or 1 of the line's, may be among them.
-            if end or len(raw) > http1.HEAD_MAX + 3 or (b"\r\n" not in raw and len(raw) > http1.LINE_MAX + 1):
-                break
+        while (head := self._reader.next()) is None:
             self._receive_by(deadline, "the head of the request took too long")
-        head = http1.parse_head(raw)
-        self._received = rest
-        return head, raw
+        return head
 
     def _read_body(self, head):
         """Return the body of a request, or the object of the api's that took it."""
@@ -197,23 +200,21 @@ class Connection(socketserver.BaseRequestHandler):
         if head.length > size_max:
             raise Refused(413, f"the body may have at most {size_max} bytes", close=True)
         sink = self.server.api.body_sink(head)
-        if head.expects_continue and len(self._received) < head.length:
+        if head.expects_continue and self._reader.buffered < head.length:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         timeout_s = BODY_TIMEOUT_S if sink is None else PROGRESS_TIMEOUT_S
         timeout_s = RESERVE_TIMEOUT_S if self.kind == RESERVED else timeout_s
         deadline = time.monotonic() + timeout_s
-        missing, chunks = head.length, []
-        while True:
-            part, self._received = self._received[:missing], self._received[missing:]
-            missing -= len(part)
-            if sink is None:
-                chunks.append(part)
-            elif part:
-                sink.feed(part)
+        chunks = []
+        while (piece := self._reader.next()) != b"":
+            if piece is None:
+                self._receive_by(deadline, "the body of the request took too long")
+            elif sink is None:
+                chunks.append(piece)
+            else:
+                sink.feed(piece)
                 deadline = time.monotonic() + timeout_s
-            if not missing:
-                return b"".join(chunks) if sink is None else sink
-            self._receive_by(deadline, "the body of the request took too long")
+        return b"".join(chunks) if sink is None else sink
 
     def _receive_by(self, deadline, complaint):
         """Read some more of a request that has begun; Refused if it is not there by the deadline."""
@@ -232,7 +233,8 @@ class Connection(socketserver.BaseRequestHandler):
         """Read some more; return whether there was any.  BlockingIOError if none came in time."""
         self._set_receive_timeout(timeout_s)
         received = self.request.recv(RECEIVE_SIZE)
-        self._received += received
+        self._received = None if self._reader.buffered else received
+        self._reader.feed(received)
         return bool(received)
 
     def _set_receive_timeout(self, timeout_s):
@@ -250,8 +252,10 @@ class Connection(socketserver.BaseRequestHandler):
         self._send(http1.with_header(response, b"Connection: close"), further)
         self.request.shutdown(socket.SHUT_WR)
         deadline = time.monotonic() + LINGER_S
-        while (left_s := deadline - time.monotonic()) > 0 and self._receive(left_s):
-            self._received = b""
+        while (left_s := deadline - time.monotonic()) > 0:
+            self._set_receive_timeout(left_s)
+            if not self.request.recv(RECEIVE_SIZE):
+                return
 
 
 def provide_descriptors(clients_max):
@@ -303,7 +307,7 @@ class Server(ThreadingHTTPServer):
         self._thread = threading.Thread(target=self.serve_forever, args=(0.2,), name="accept", daemon=True)
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, _, _, _, address = found[0]
-        super().__init__(address, Connection)
+        super().__init__(address, None)  # requests are not handled one by one: see process_request
 
     def server_bind(self):
         if self.address_family == socket.AF_INET6:
@@ -369,13 +373,13 @@ class Server(ThreadingHTTPServer):
                 with contextlib.suppress(OSError):  # it has just been closed
                     sock.shutdown(socket.SHUT_RD)
 
-    def process_request(self, sock, address):
+    def process_request(self, sock, _address):
         kind = self._admit()
         if kind is None:
             self.shutdown_request(sock)
             return
         name = f"connection-{next(self._serial)}"
-        thread = threading.Thread(target=self._serve, args=(sock, address, kind), name=name, daemon=True)
+        thread = threading.Thread(target=self._serve, args=(sock, kind), name=name, daemon=True)
         with self._changed:
             self._open[thread] = (sock, kind)
         try:
@@ -405,9 +409,9 @@ class Server(ThreadingHTTPServer):
             return CLIENT
         return RESERVED if self._numbers[RESERVED] < RESERVE_MAX else None
 
-    def _serve(self, sock, address, kind):
+    def _serve(self, sock, kind):
         try:
-            Connection(sock, address, self, kind)  # which serves it until it ends
+            Connection(sock, self, kind).serve()
         finally:
             self.shutdown_request(sock)
             self._end(threading.current_thread())

@@ -8,7 +8,17 @@ from types import SimpleNamespace
 import pytest
 
 from counter import http1
-from counter.http1 import HEAD_LINES_MAX, HEAD_MAX, LINE_MAX, Head, Refused, decode_component, parse_head, parse_query
+from counter.http1 import (
+    HEAD_LINES_MAX,
+    HEAD_MAX,
+    LINE_MAX,
+    Head,
+    Refused,
+    RequestReader,
+    decode_component,
+    parse_head,
+    parse_query,
+)
 
 
 def head(*headers, line=b"GET /count HTTP/1.1"):
@@ -245,6 +255,125 @@ def test_whatever_comes_is_read_or_refused():
             assert refused.close
             outcomes.add(refused.status)
     assert outcomes >= {Head, 400}
+
+
+# Taking requests apart.
+
+
+def read_all(reader, *pieces):
+    """Feed a reader piece by piece; return [(path, body)] of the requests that are complete."""
+    requests = []
+    for piece in pieces:
+        reader.feed(piece)
+        while (event := reader.next()) is not None:
+            if isinstance(event, Head):
+                requests.append([event.path, b"", False])
+            else:
+                requests[-1][1] += event
+                requests[-1][2] = event == b""
+    assert all(complete for _, _, complete in requests[:-1])
+    return [(path, body) for path, body, complete in requests if complete]
+
+
+def post(path, body=b"", *headers):
+    line = b"POST " + path + b" HTTP/1.1"
+    return head(*headers, b"Content-Length: %d" % len(body), line=line) + b"\r\n\r\n" + body
+
+
+def test_a_request_is_its_head_then_its_body_then_an_empty_piece():
+    """None in between says that more bytes are needed."""
+    reader = RequestReader()
+    assert reader.next() is None
+    for byte in post(b"/a", b"xyz")[:-3]:
+        assert reader.next() is None
+        reader.feed(bytes([byte]))
+    assert reader.next().path == "/a"
+    assert reader.next() is None
+    reader.feed(b"xy")
+    assert (reader.next(), reader.next()) == (b"xy", None)
+    reader.feed(b"z")
+    assert [reader.next() for _ in range(3)] == [b"z", b"", None]
+
+
+STREAMS = [
+    [post(b"/a")],
+    [post(b"/a"), post(b"/b"), post(b"/c")],
+    [post(b"/a", b"x"), post(b"/b", b"\r\n\r\n"), post(b"/c", b"POST / HTTP/1.1\r\n\r\n")],
+    [b"\r\n", post(b"/a", b"x"), b"\r\n\r\n", post(b"/b"), b"\r\n", post(b"/c", b"\r\n"), b"\r\n"],
+    [head() + b"\r\n\r\n", b"GET /old HTTP/1.0\r\n\r\n"],
+]
+
+
+@pytest.mark.parametrize("stream", STREAMS, ids=range(len(STREAMS)))
+def test_requests_are_the_same_however_their_bytes_arrive(stream):
+    """All at once, byte by byte, or cut at any two places."""
+    raw = b"".join(stream)
+    whole = read_all(RequestReader(), raw)
+    assert len(whole) == sum(piece.strip() != b"" for piece in stream)
+    assert read_all(RequestReader(), *[raw[at : at + 1] for at in range(len(raw))]) == whole
+    for first in range(len(raw)):
+        for second in range(first, len(raw), 7):
+            assert read_all(RequestReader(), raw[:first], raw[first:second], raw[second:]) == whole
+
+
+def test_a_long_body_comes_as_it_arrives():
+    """No piece is kept until the rest is there, and what follows the body is the next request."""
+    reader = RequestReader()
+    reader.feed(post(b"/a", b"x" * 100_000)[:-99_000])
+    assert (reader.next().length, reader.next(), reader.buffered) == (100_000, b"x" * 1000, 0)
+    for _ in range(98):
+        reader.feed(b"x" * 1000)
+        assert reader.next() == b"x" * 1000
+    reader.feed(b"x" * 1000 + post(b"/b"))
+    assert (reader.next(), reader.next(), reader.next().path) == (b"x" * 1000, b"", "/b")
+
+
+def test_a_reader_says_whether_a_request_has_begun():
+    """Empty lines are not the beginning of one; the first byte is, until the body has ended."""
+    reader = RequestReader()
+    seen = []
+    for byte in b"\r\n\r\n" + post(b"/a", b"x"):
+        seen.append(reader.waits_for_request)
+        reader.feed(bytes([byte]))
+        while reader.next() is not None:
+            pass
+    length = len(seen)
+    assert seen == [True] * 5 + [False] * (length - 5)
+    assert reader.waits_for_request
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b"GET /" + b"x" * LINE_MAX, 414),
+        (head(b"X: " + b"x" * HEAD_MAX), 431),
+        (b"\x16\x03\x01\x02", 400),
+        (b"\r\n\x16", 400),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+    ],
+)
+def test_what_cannot_become_a_request_is_refused_before_its_end(raw, status):
+    """Too long a line or head, and the hello of TLS, which is recognised by its first byte."""
+    reader = RequestReader()
+    reader.feed(raw)
+    refused = refusal(reader.next)
+    assert (refused.status, refused.close) == (status, True)
+
+
+def test_a_tls_hello_is_told_what_this_port_speaks():
+    """curl https://… on the plain port must not have to wait for a head that never ends."""
+    reader = RequestReader()
+    reader.feed(b"\x16\x03\x01")
+    assert "TLS" in refusal(reader.next).detail
+
+
+def test_the_largest_head_may_be_cut_anywhere():
+    """A line or a head that just keeps its limit is no longer for an end that comes in two pieces."""
+    line = b"GET /" + b"x" * (LINE_MAX - len("GET / HTTP/1.1")) + b" HTTP/1.1"
+    longest = head(b"X: " + b"x" * (HEAD_MAX - len(head(b"X: "))))
+    for cut in range(5):
+        for start, end in ((line, b"\r\nHost: a\r\n\r\n"), (longest, b"\r\n\r\n")):
+            assert len(read_all(RequestReader(), start + end[:cut], end[cut:])) == 1
 
 
 # Parts of a target.

@@ -46,7 +46,7 @@ class Pieces:
 def replies_to_pieces(node, *pieces):
     """Serve a connection on which these pieces arrive one by one; return all responses."""
     sock = Pieces(pieces)
-    Connection(sock, ("127.0.0.1", 0), node.server, CLIENT)
+    Connection(sock, node.server, CLIENT).serve()
     stream, replies = io.BytesIO(sock.sent), []
     while stream.tell() < len(sock.sent):
         replies.append(read_reply(stream))
@@ -354,12 +354,11 @@ class NeverEnding:
         pass
 
 
-def test_time_is_over_though_more_is_there(monkeypatch):
+def test_time_is_over_though_more_is_there(node, monkeypatch):
     """However fast it trickles in: between two bytes a node need not have waited at all."""
     monkeypatch.setattr(serving, "HEAD_TIMEOUT_S", 0.01)
-    connection = serving.Connection.__new__(serving.Connection)
-    connection.request, connection.kind = NeverEnding(), serving.CLIENT
-    connection._received, connection._receive_timeout_s = b"GET / HTTP/1.1\r\nX: ", None
+    connection = Connection(NeverEnding(), node.server, CLIENT)
+    connection._reader.feed(b"GET / HTTP/1.1\r\nX: ")
     with pytest.raises(http1.Refused) as refused:
         connection._read_head()
     assert refused.value.status == 408
