@@ -231,13 +231,14 @@ class Api:
             }
             listed = [
                 {
-                    "id": id,
-                    "address": address,
-                    "state": state,
-                    "silent_s": round(silent_s, 3),
-                    "unconfirmed": unconfirmed.get(address),
+                    "id": peer.id,
+                    "address": peer.address,
+                    "state": peer.state,
+                    "silent_s": round(peer.silent_s, 3),
+                    "unconfirmed": unconfirmed.get(peer.address),
+                    "version": peer.version,
                 }
-                for id, address, state, silent_s in self._table.snapshot(now)
+                for peer in self._table.snapshot(now)
             ]
             return _json({"self": about, "peers": listed})
 

@@ -7,7 +7,7 @@ import logging
 import random
 import threading
 
-from counter.state import APPLIED, SEQUENCE_MAX
+from counter.state import APPLIED, GAP, NEEDS, SEQUENCE_MAX
 from counter.wire import Message, View, lacks, vector_hash
 from peers import LOST, NEVER, log_changes
 
@@ -249,7 +249,7 @@ class Gossip:
         if request.applied is not None and answer.applied is None and answer.hash is None:
             raise ValueError("the answer to a heartbeat lacks a vector")
         contact, changes = self._table.heard(answer.sender, answer.view, now, answered_at=link.address)
-        merged = self._merge(answer, now)
+        merged = APPLIED in self._merge(answer, now).values()
         mine, replica = self._counter.vector(), self._counter.replica
         with self._lock:
             link.told_leaving = request.sender.leaving
@@ -343,7 +343,7 @@ class Gossip:
     def receive(self, message, now):
         """Take in what a peer sent by itself; return the answer to it, a Message."""
         contact, changes = self._table.heard(message.sender, message.view, now)
-        self._merge(message, now)
+        results = self._merge(message, now)
         mine = self._counter.vector()
         with self._lock:
             link = self._links.get(message.sender.address)
@@ -359,6 +359,7 @@ class Gossip:
         compares = message.applied is not None or message.hash is not None
         sender, view = self._table.describe() if compares else (self._table.sender(), NO_VIEW)
         confirms = {delta.replica: mine.get(delta.replica, 0) for delta in message.deltas} or None
+        refused = {replica: result for replica, result in results.items() if result in (GAP, NEEDS)}
         if message.applied is not None:
             # What it counts itself it knows best.
             known = {**message.applied, message.sender.id: SEQUENCE_MAX}
@@ -366,9 +367,9 @@ class Gossip:
         elif message.hash is not None:
             deltas, agreed = [], message.hash == self._hash(mine)
         else:
-            return Message(sender, view, None, None, confirms, [])
+            return Message(sender, view, None, None, confirms, [], refused)
         hash = self._hash(mine) if agreed and len(mine) > VECTOR_SHORT else None
-        return Message(sender, view, mine, hash, confirms, deltas)
+        return Message(sender, view, mine, hash, confirms, deltas, refused)
 
     def _wake_locked(self, before, confirmed):
         """Wake those who wait for acks of a dot that a peer has confirmed just now; both are vectors or None.
@@ -385,13 +386,13 @@ class Gossip:
             event.set()
 
     def _merge(self, message, now):
-        """Merge the deltas of a message; return whether anything was new."""
-        merged = [self._counter.merge(delta, now) for delta in message.deltas]
+        """Merge the deltas of a message; return what each was found to be, by its replica."""
+        results = {delta.replica: self._counter.merge(delta, now) for delta in message.deltas}
         cloned = any(self._counter.renew_if_cloned(known) for known in (message.applied, message.confirms) if known)
         if cloned or self._counter.renew(self._table.disowned):
             log.error("replica id used twice, was this machine cloned? new id=%s", self._counter.replica)
             self._table.rename(self._counter.replica)
-        return APPLIED in merged
+        return results
 
     def _membership_changed(self, contact, changes, now):
         if contact:
@@ -463,7 +464,7 @@ class Gossip:
             if new:
                 told.update(new)
                 self.contact([address for _, address in new], clock())
-            states = {id: state for id, _, state, _ in self._table.snapshot(clock()) if id in told}
+            states = {peer.id: peer.state for peer in self._table.snapshot(clock()) if peer.id in told}
             with self._lock:
                 links = [(self._link_locked(told[id]), state == LOST) for id, state in states.items()]
                 if all((link.told_leaving or lost) and not lacks(link.confirmed or {}, mine) for link, lost in links):

@@ -24,6 +24,7 @@ import threading
 import time
 from collections import OrderedDict, deque, namedtuple
 
+from counter import __version__
 from counter.wire import Sender, View
 
 log = logging.getLogger("counter.peers")
@@ -46,6 +47,7 @@ NEVER = float("inf")
 
 Sweep = namedtuple("Sweep", "contact seeds changes")  # addresses, names to resolve, [Change]
 Change = namedtuple("Change", "what id address")
+PeerState = namedtuple("PeerState", "id address state silent_s version")  # version: None if it is not known
 
 
 def log_changes(changes, active):
@@ -78,7 +80,7 @@ class _Probe:
 
 
 class _Peer:
-    __slots__ = ("address", "heard", "id", "place", "probe", "risen", "state")
+    __slots__ = ("address", "heard", "id", "place", "probe", "risen", "state", "version")
 
     def __init__(self, id, address, now):
         self.id, self.address = id, address
@@ -86,6 +88,7 @@ class _Peer:
         self.heard = now  # when it last proved to be alive
         self.place = None  # its index in PeerTable._roll and _news while it is active
         self.risen = False  # its beat has risen since it was lost
+        self.version = None  # of its program, as it said itself
         self.probe = _Probe()
 
 
@@ -165,7 +168,7 @@ class PeerTable:
             return self._sender_of_locked()
 
     def _sender_of_locked(self):
-        return Sender(self._id, self._address, self._beat, self._leaving)
+        return Sender(self._id, self._address, self._beat, self._leaving, __version__)
 
     def _shown_locked(self):
         """Return what a message says of the active peers: of all, or of some.
@@ -201,10 +204,13 @@ class PeerTable:
         return any(self._peers[id].state == ACTIVE for id in self._ids_at.get(address, ()))
 
     def snapshot(self, now):
-        """Return [(id, address, state, seconds of silence)] of active and lost peers."""
+        """Return a PeerState of every active and every lost peer."""
         with self._lock:
             listed = [peer for peer in self._peers.values() if peer.state != RUMOURED]
-            return [(peer.id, peer.address, peer.state, max(0.0, now - peer.heard)) for peer in listed]
+            return [
+                PeerState(peer.id, peer.address, peer.state, max(0.0, now - peer.heard), peer.version)
+                for peer in listed
+            ]
 
     def sweep(self, now):
         """Raise the beat, drop the silent, and return whom to contact now, as a Sweep."""
@@ -356,7 +362,7 @@ class PeerTable:
         if peer is None:
             peer = self._meet_locked(sender.id, address, sender.beat, now)
         self._place_locked(peer, address)
-        self._beat_of[peer.id], peer.heard = max(known_beat, sender.beat), now
+        self._beat_of[peer.id], peer.heard, peer.version = max(known_beat, sender.beat), now, sender.version
         self._met.append(peer)
         if peer.state == ACTIVE:
             self._news[peer.place] = self._news_of_locked(peer)

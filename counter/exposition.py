@@ -31,7 +31,7 @@ def render(counter, table, gossip, traffic, server, started_at, now):
     vector = counter.vector()
     peers = table.snapshot(now)
     unconfirmed = gossip.unconfirmed()
-    states = [state for _, _, state, _ in peers]
+    states = [peer.state for peer in peers]
     requests = server.requests.totals()
     families = [
         ("counter_increments_total", "counter", "Increments this node accepted.",
@@ -55,7 +55,7 @@ def render(counter, table, gossip, traffic, server, started_at, now):
          "Increments that a peer has yet to confirm, of those accepted here or by nodes that are gone.",
          # Of the addresses a set: a series that is there twice voids a scrape.
          [("", {"address": address}, unconfirmed[address])
-          for address in sorted({address for _, address, _, _ in peers} & unconfirmed.keys())]),
+          for address in sorted({peer.address for peer in peers} & unconfirmed.keys())]),
         ("counter_gossip_messages_sent_total", "counter", "Messages sent to peers, heartbeats included.",
          [("", {}, said["messages"])]),
         ("counter_gossip_messages_failed_total", "counter", "Messages to peers that got no good answer.",

@@ -1,4 +1,10 @@
-"""Messages between nodes: their shape, their JSON, what of it is believed, and their signatures."""
+"""Messages between nodes: their shape, their JSON, what of it is believed, and their signatures.
+
+Nodes of different versions understand each other: a message says in `v` what its sender knows, and
+whatever a receiver does not know of it, it ignores: further fields of any object, further items of
+any entry.  A field without which a receiver would hold something wrong must not be sent to one
+whose messages have a `v` that is too small for it.
+"""
 
 import hashlib
 import hmac
@@ -10,6 +16,7 @@ from collections import namedtuple
 from counter.addresses import parse_address
 from counter.state import AMOUNT_MAX, NAME, REPLICA, SEQUENCE_MAX, Delta
 
+VERSION = 1  # of what a message may say
 PATH = "/internal/gossip"
 SIGNATURE = "Counter-Signature"  # the header of a request, and of its answer
 # The header of a request whose body has more than BODY_UNPROVEN bytes: a receiver has to read, and
@@ -21,13 +28,16 @@ PIECE = 2000  # entries encoded at a time, in 2 ms; 100,000 at once stopped all 
 BEAT_MAX = 2**53
 AGE_MAX_S = 1e9
 _DIGEST = re.compile("[0-9a-f]{32}\\Z")
+_WORD = re.compile("[!-~]{1,64}\\Z")
 
-Sender = namedtuple("Sender", "id address beat leaving")  # address: None while it is unknown
+# address: None while it is unknown; version: that of its program, None from nodes that do not say it
+Sender = namedtuple("Sender", "id address beat leaving version", defaults=(None,))
 View = namedtuple("View", "peers left")  # peers: [(id, address, beat)], left: [id]
 # A request or its answer.  `applied` is the complete vector of the sender; where there is a
-# `hash`, that alone travels for it; a mere push has neither, and no view.  `confirms` answers
-# deltas: the sequences through which their replicas are held now.
-Message = namedtuple("Message", "sender view applied hash confirms deltas")
+# `hash`, that alone travels for it; a mere push has neither, and no view.  Two parts answer
+# deltas: `confirms` has the sequences through which their replicas are held now, and
+# `refused` is {replica: why}, GAP or NEEDS.  `v` is 0 from nodes before 1.1.
+Message = namedtuple("Message", "sender view applied hash confirms deltas refused v", defaults=({}, VERSION))
 
 
 class Signer:
@@ -74,14 +84,16 @@ def lacks(vector, other):
 
 def encode(message):
     """Return a Message as the bytes of its JSON."""
-    sender, view, applied, hash, confirms, deltas = message
-    fields = {"from": sender._asdict()}
+    sender, view, applied, hash, confirms, deltas, refused, v = message
+    fields = {"v": v, "from": sender._asdict()}
     if hash is not None:
         fields.update(view=view._asdict(), hash=hash)
     elif applied is not None:
         fields.update(view=view._asdict(), applied=applied)
     if confirms is not None:
         fields["confirms"] = confirms
+    if refused:
+        fields["refused"] = refused
     if sum(len(delta.totals) + len(delta.keys) for delta in deltas) > PIECE:
         return f'{_json(fields)[:-1]},"deltas":[{",".join(map(_encoded_delta, deltas))}]}}'.encode()
     if deltas:
@@ -110,14 +122,18 @@ def decode(body):
     """Return the Message of some bytes; ValueError if any part of it is not as it must be."""
     try:
         fields = json.loads(body)
-        sender = Sender(**fields.pop("from"))
-        view = View(**fields.pop("view", {"peers": [], "left": []}))
-        deltas = [Delta(**delta) for delta in _list(fields.pop("deltas", []))]
-        message = Message(sender, view, *map(fields.pop, ("applied", "hash", "confirms"), (None,) * 3), deltas)
-        _require(not fields, "an unknown field")
-        return _checked(message)
-    except (TypeError, AttributeError, KeyError, RecursionError) as error:
+        sender = _known(Sender, fields["from"])
+        view = _known(View, fields["view"]) if "view" in fields else View([], [])
+        deltas = [_known(Delta, delta) for delta in _list(fields.get("deltas", []))]
+        vectors = map(fields.get, ("applied", "hash", "confirms"))
+        return _checked(Message(sender, view, *vectors, deltas, fields.get("refused", {}), fields.get("v", 0)))
+    except (TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
         raise ValueError(f"not a gossip message: {error}") from None
+
+
+def _known(kind, fields):
+    """Return a namedtuple of that kind from a JSON object, which may have further fields."""
+    return kind(**{name: fields[name] for name in kind._fields if name in fields})
 
 
 def _require(condition, what):
@@ -136,19 +152,22 @@ def _is_int(value, least, most):
 
 def _checked(message):
     """Return the message with its parts in their types, once all they claim is possible."""
-    sender, view, applied, hash, confirms, deltas = message
+    sender, view, applied, hash, confirms, deltas, refused, v = message
+    _require(_is_int(v, 0, SEQUENCE_MAX), "a version")
     _require(REPLICA.match(sender.id) and type(sender.leaving) is bool, "its sender")
     _require(_is_int(sender.beat, 0, BEAT_MAX), "a beat")
+    _require(sender.version is None or _WORD.match(sender.version), "its program's version")
     sender = sender._replace(address=None if sender.address is None else parse_address(sender.address))
-    peers = [(id, parse_address(address), beat) for id, address, beat in _list(view.peers)]
+    peers = [(id, parse_address(address), beat) for id, address, beat, *_ in _list(view.peers)]
     _require(all(REPLICA.match(id) and _is_int(beat, 0, BEAT_MAX) for id, _, beat in peers), "its view")
     _require(all(map(REPLICA.match, _list(view.left))), "its view")
     for vector in (applied, confirms):
         for replica, sequence in vector.items() if vector is not None else ():
             _require(REPLICA.match(replica) and _is_int(sequence, 0, SEQUENCE_MAX), "a vector")
     _require(hash is None or type(hash) is str, "a hash")
+    _require(all(REPLICA.match(replica) and _WORD.match(why) for replica, why in refused.items()), "a refusal")
     deltas = [checked_delta(delta) for delta in deltas]
-    return Message(sender, View(peers, view.left), applied, hash, confirms, deltas)
+    return Message(sender, View(peers, view.left), applied, hash, confirms, deltas, refused, v)
 
 
 def checked_delta(delta):
@@ -159,18 +178,20 @@ def checked_delta(delta):
     replica, after, through, totals, keys, requires = delta
     _require(REPLICA.match(replica), "a replica")
     _require(_is_int(through, 1, SEQUENCE_MAX) and _is_int(after, 0, through - 1), "a delta's range")
+    totals = {name: (entry[0], entry[1]) for name, entry in totals.items()}
     for name, (sequence, total) in totals.items():
         _require(NAME.match(name) and _is_int(sequence, after + 1, through), "an entry")
         _require(_is_int(total, -sequence * AMOUNT_MAX, sequence * AMOUNT_MAX), "a total")
     # Every sequence touched one counter, and the last one cannot have been overtaken.
     sequences = {sequence for sequence, _ in totals.values()}
     _require(len(sequences) == len(totals) and through in sequences, "a delta's entries")
+    keys = tuple([tuple(key[:5]) for key in keys])
     for sequence, digest, name, amount, age_s in keys:
         _require(_is_int(sequence, after + 1, through) and _DIGEST.match(digest) and name in totals, "a key")
         _require(_is_int(amount, -AMOUNT_MAX, AMOUNT_MAX) and amount != 0, "a key's amount")
         _require(type(age_s) in (int, float) and 0 <= age_s < AGE_MAX_S, "a key's age")
     _require(len({sequence for sequence, *_ in keys}) == len(keys), "a key's sequence")
+    requires = tuple([(dot[0], dot[1]) for dot in requires])
     for required, sequence in requires:
         _require(REPLICA.match(required) and _is_int(sequence, 1, SEQUENCE_MAX), "a required dot")
-    totals = {name: tuple(entry) for name, entry in totals.items()}
-    return Delta(replica, after, through, totals, tuple(map(tuple, keys)), tuple(map(tuple, requires)))
+    return Delta(replica, after, through, totals, keys, requires)

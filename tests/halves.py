@@ -2,7 +2,7 @@
 
 import random
 
-from counter import Counter
+from counter import REPLICA, Counter
 from counter.wire import Message, Sender, View, decode, encode
 from gossip import Gossip
 from peers import PeerTable
@@ -40,3 +40,15 @@ def talk(sender, receiver, link, now):
     request = sender.gossip.request(link, 0.0)
     reply = receiver.gossip.receive(decode(encode(request)), now)
     sender.gossip.answered(link, request, decode(encode(reply)), now)
+
+
+def with_more(value):
+    """Return a JSON value with a field more in every object and an item more in every entry, as of a later version."""
+    if isinstance(value, dict):
+        value = {name: with_more(part) for name, part in value.items()}
+        is_map = value and all(REPLICA.match(name) or name in "xy" for name in value)
+        return value if is_map else {"before": [{}], **value, "later": {"x": 1}}
+    if isinstance(value, list) and value and not isinstance(value[0], list | dict):
+        is_list = all(isinstance(item, str) for item in value)  # of ids
+        return value if is_list else [*value, None, "later"]
+    return list(map(with_more, value)) if isinstance(value, list) else value

@@ -458,7 +458,7 @@ def test_a_node_alone_lists_itself_and_no_peer(start_local, connect):
 
 
 def test_a_peer_is_listed(start_local, connect):
-    """With its id, address, state, silence, and how much it has yet to confirm: nothing, in the end."""
+    """With its id, address, state, version, silence, and how much it has yet to confirm: nothing, in the end."""
     first = start_local()
     second = start_local("--peers", f"127.0.0.1:{first.port}")
     client = connect(first)
@@ -470,7 +470,7 @@ def test_a_peer_is_listed(start_local, connect):
     (peer,) = wait_until(settled)
     assert peer["silent_s"] >= 0
     assert (peer["id"], peer["address"]) == (second.counter.replica, f"127.0.0.1:{second.port}")
-    assert (peer["state"], peer["unconfirmed"]) == ("active", 0)
+    assert (peer["state"], peer["unconfirmed"], peer["version"]) == ("active", 0, __version__)
 
 
 def test_an_advertised_address_is_what_a_node_says_of_itself(start_local, connect):

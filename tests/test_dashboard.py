@@ -14,6 +14,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from counter import __version__
+
 SWITCHES = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -171,7 +173,7 @@ def test_the_cluster_is_shown(page, start_cluster):
     three.kill()
     one.increment()
     wait_until(lambda: [row[1] for row in page.table("peer-rows") if row[0] == three.address] == ["lost"])
-    assert [row[3] for row in page.table("peer-rows") if row[0] == three.address] == ["1"]
+    assert [row[3:] for row in page.table("peer-rows") if row[0] == three.address] == [["1", __version__]]
     assert page.text("summary") == "1 active, 1 lost"
     assert page.said() == f"Peer {three.address} is lost"
 

@@ -7,10 +7,10 @@ import time
 
 import pytest
 from conftest import wait_until
-from halves import A_SENDS, AT_A, AT_B, AT_ME, ME, NOBODY, A, B, Half, answer, talk
+from halves import A_SENDS, AT_A, AT_B, AT_ME, ME, NOBODY, A, B, C, Half, answer, talk
 
 import gossip
-from counter import APPLIED, Delta
+from counter import APPLIED, GAP, NEEDS, Delta
 from counter.wire import Message, Sender, View, decode, encode, vector_hash
 from gossip import backoff_s
 
@@ -487,6 +487,18 @@ def test_draining_gives_up_after_its_timeout():
     node = Half()
     node.meet()
     assert not node.gossip.drain(time.monotonic, 0.01)
+
+
+def test_an_answer_says_what_was_not_taken_and_why():
+    node = Half()
+    deltas = [
+        Delta(A, 0, 1, {"x": (1, 1)}),
+        Delta(B, 3, 4, {"x": (4, 1)}),
+        Delta(C, 0, 1, {"x": (1, -1)}, (), ((B, 1),)),
+    ]
+    message = Message(A_SENDS, NOBODY, None, None, None, deltas)
+    assert node.gossip.receive(message, 0.0).refused == {B: GAP, C: NEEDS}
+    assert node.gossip.receive(message._replace(deltas=deltas[:1]), 0.0).refused == {}
 
 
 def test_a_key_accepted_while_an_answer_is_made_does_not_spoil_it():

@@ -52,7 +52,7 @@ def sweep_through(table, start, end):
 
 
 def states(table, now=0.0):
-    return {id: state for id, _, state, _ in table.snapshot(now)}
+    return {peer.id: peer.state for peer in table.snapshot(now)}
 
 
 @pytest.mark.parametrize(

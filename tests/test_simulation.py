@@ -1,9 +1,11 @@
 """Whole clusters on a virtual clock, over thousands of random schedules."""
 
+import json
 import random
 
 import pytest
 from coverage import Coverage
+from halves import with_more
 from simulation import TIMEOUT_S, Network, check_prefixes, increment
 
 from counter import Counter, new_replica
@@ -228,3 +230,22 @@ def test_messages_as_objects_lead_to_what_messages_as_json_lead_to():
         vectors = [node.counter.vector() for node in network.alive()]
         ends.append((network.messages, vectors, [sorted(node.table.active()) for node in network.alive()]))
     assert ends[0] == ends[1]
+
+
+def test_nodes_of_a_later_version_in_a_cluster_change_nothing():
+    """What they add to every message is ignored by those who do not know it."""
+
+    class NewerNetwork(Network):
+        def _receive(self, sent):
+            return super()._receive(json.dumps(with_more(json.loads(sent))).encode())
+
+    ends = []
+    for kind in (Network, NewerNetwork):
+        network = kind(6)
+        for address in ADDRESSES:
+            network.start(address, seeds=ADDRESSES[:1]).increment("x", 1, "key")
+        network.run(15)
+        vectors = [node.counter.vector() for node in network.alive()]
+        ends.append((network.messages, vectors, [sorted(node.table.active()) for node in network.alive()]))
+    assert ends[0] == ends[1]
+    assert {node.counter.value("x") for node in network.alive()} == {1}
