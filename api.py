@@ -6,6 +6,7 @@
 Routes run in the thread of their connection.  They use the parts of a node and know nothing of sockets.
 """
 
+import difflib
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import re
 import time
 
 from counter import (
+    NAME,
     KeyReused,
     TooManyCounters,
     TooManyKeys,
@@ -32,6 +34,9 @@ from counter.serving import STOPPING
 from counter.wire import same_signature
 
 BODY_MAX = 64 * 1024  # bytes of a public request's body
+READ, ADD = "GET /count[/NAME] reads a counter", "POST /increment[/NAME] adds to a counter"
+INSTEAD = {"/increment": READ, "/count": ADD, "/counts": ADD}  # route -> what a wrong method most likely meant
+TRY = "try POST /increment[/NAME], GET /count[/NAME] and GET /peers"
 
 _UUID7 = re.compile(r"([0-9a-f]{8})-([0-9a-f]{4})-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z", re.IGNORECASE)
 
@@ -124,14 +129,34 @@ class Api:
         elif head.path == "*" and head.method == "OPTIONS":
             routes, arguments = {"GET": None, "POST": None}, ()
         else:
-            raise Refused(404, "no such path; try POST /increment, GET /count or GET /peers")
+            raise Refused(404, f"no such path; {self._nearest(head.path)}")
         route = routes.get("GET" if head.method == "HEAD" else head.method)
         if route:
             return route(head, *arguments)
         allowed = ", ".join([*routes, *(["HEAD"] if "GET" in routes else []), "OPTIONS"])
         if head.method == "OPTIONS":
             return _allowing(allowed)
-        raise Refused(405, f"this path takes {allowed}", [("Allow", allowed)])
+        instead = INSTEAD.get(self.route_of(head.path))
+        advice = f"this path takes {allowed}" + (f"; {instead}" if instead else "")
+        raise Refused(405, advice, [("Allow", allowed)])
+
+    def _nearest(self, path):
+        """Return what was most likely meant by a path that does not exist."""
+        first, _, rest = path.strip("/").partition("/")
+        first = first.lower()
+        known = {path.strip("/"): path for path in self._routes if path not in ("/", wire.PATH)}
+        if first in ("decrement", "dec"):
+            name = f"/{rest}" if NAME.match(rest) else ""
+            return f"POST /increment{name}?amount=-1 decrements"
+        if "/" in rest and f"/{first}/" in self._named_routes:
+            return "a counter's name has no slash; use one of . _ : -"
+        near = difflib.get_close_matches(first[:32], known, n=1, cutoff=0.5)
+        return f"did you mean {self._spelled(known[near[0]])}?" if near else TRY
+
+    def _spelled(self, path):
+        """Return how a path is used, as in POST /increment[/NAME]."""
+        method = next(iter(self._routes[path]))
+        return f"{method} {path}" + ("[/NAME]" if f"{path}/" in self._named_routes else "")
 
     def _increment(self, head, name="default"):
         name = parameters.name(name)

@@ -7,14 +7,19 @@ Threads: `accept` takes connections, `connection-N` serves one each, `heartbeat`
 peer table, `retry-worker-N` send to peers; the main thread waits for a signal.
 """
 
+import importlib.util
 import signal
+import sys
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C while the imports run
+    for package in ("requests", "urllib3"):
+        if importlib.util.find_spec(package) is None:
+            install = "python3 -m venv .venv && .venv/bin/pip install -q requests"
+            sys.exit(f"counter_server.py: {package} is not installed; run {install}")
 
 import ipaddress
 import logging
-import sys
 import time
 from dataclasses import replace
 

@@ -6,6 +6,8 @@ site is refused here, unless --cors-origin allows that site.
 
 from counter.http1 import Refused
 
+ORIGIN_MAX = 200  # characters of an Origin that a refusal repeats
+
 
 def cross_origin_headers(head, allowed):
     """Return header lines that let a page of another origin use the answer; None if none are needed.
@@ -29,5 +31,15 @@ def cross_origin_headers(head, allowed):
     host = head.headers.get("host")
     same = site in ("same-origin", "none") if site else not origin or origin.partition("://")[2] == host
     if head.method == "POST" and not same:
-        raise Refused(403, "this comes from a page of another site; --cors-origin can allow that site")
+        raise _another_site(origin, host)
     return None
+
+
+def _another_site(origin, host):
+    """Return the refusal of a page's request, with both remedies: it may be the node's own page behind a proxy."""
+    named = origin if origin and len(origin) <= ORIGIN_MAX else "ORIGIN"
+    return Refused(
+        403,
+        f"this comes from a page of another site than {host}: if that page is this node's own, behind a proxy,"
+        f" let the proxy pass the Host header on; else --cors-origin {named} lets pages of that site in",
+    )

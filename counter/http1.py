@@ -16,6 +16,7 @@ from urllib.parse import unquote_to_bytes
 LINE_MAX = 8 * 1024  # bytes of a request line
 HEAD_MAX = 32 * 1024  # bytes of a head
 HEAD_LINES_MAX = 100
+NAMED_MAX = 40  # characters of a client's own that a refusal repeats
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\x20-\x7e\x80-\xff\t]*)")
@@ -190,7 +191,8 @@ def parse_query(query, allowed):
         name, _, value = part.replace("+", " ").partition("=")
         name = decode_component(name)
         if name not in allowed:
-            raise Refused(400, f"unknown query parameter; known here: {', '.join(allowed) or 'none'}")
+            shown = name if len(name) <= NAMED_MAX else f"{name[:NAMED_MAX]}…"
+            raise Refused(400, f"unknown query parameter {shown}; known here: {', '.join(allowed) or 'none'}")
         if name in parameters:
             raise Refused(400, f"the query parameter {name} was sent more than once")
         parameters[name] = decode_component(value)

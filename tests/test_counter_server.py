@@ -1,5 +1,6 @@
 """One node by itself: its API over real sockets, and its command line."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -507,6 +508,56 @@ def test_an_unknown_path_is_404(client, path, method):
     assert client.ask("GET", "/healthz").status == 200
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "advice"),
+    [
+        ("GET", "/counts/", "GET /counts"),
+        ("GET", "/healthz/", "GET /healthz"),
+        ("GET", "/peers/?x=1", "GET /peers"),
+        ("GET", "/Count", "GET /count[/NAME]"),
+        ("GET", "/counter", "GET /count[/NAME]"),
+        ("GET", "/health", "GET /healthz"),
+        ("GET", "/metric", "GET /metrics"),
+        ("POST", "/inc/x", "POST /increment[/NAME]"),
+        ("POST", "/increment/", "a counter's name"),
+        ("POST", "/increment/a/b", "a counter's name has no slash"),
+        ("GET", "/count/a/b", "a counter's name has no slash"),
+        ("POST", "/decrement/X.y", "POST /increment/X.y?amount=-1"),
+        ("POST", "/decrement", "POST /increment?amount=-1"),
+        ("POST", "/nowhere/at/all", "POST /increment[/NAME], GET /count[/NAME] and GET /peers"),
+        ("POST", f"/{'count' * 1000}", "POST /increment[/NAME], GET /count[/NAME] and GET /peers"),
+        ("POST", "/count", "POST /increment[/NAME] adds to a counter"),
+        ("POST", "/count/x", "POST /increment[/NAME] adds to a counter"),
+        ("PUT", "/count/x", "POST /increment[/NAME] adds to a counter"),
+        ("GET", "/increment/x", "GET /count[/NAME] reads a counter"),
+        ("POST", "/counts", "POST /increment[/NAME] adds to a counter"),
+        ("GET", "/increment?amunt=1", "GET /count[/NAME] reads a counter"),
+        ("POST", "/increment?amunt=1", "unknown query parameter amunt; known here: amount, acks, timeout"),
+        ("GET", "/healthz?x%20y=1", "unknown query parameter x y; known here: none"),
+        ("GET", f"/healthz?{'x' * 1000}=1", f"unknown query parameter {'x' * 40}…; known here: none"),
+    ],
+)
+def test_a_near_miss_is_told_what_was_meant(client, method, path, advice):
+    """Whoever types a path by hand is told the one next to it."""
+    reply = client.ask(method, path)
+    assert 400 <= reply.status < 500
+    assert advice in problem(reply, reply.status)
+    assert client.ask("GET", "/healthz").status == 200
+
+
+@pytest.mark.parametrize(
+    ("origin", "named"),
+    [("http://counter.example", "http://counter.example"), ("null", "null"), ("https://x." + "y" * 9000, "ORIGIN")],
+)
+def test_a_page_behind_a_proxy_is_told_both_remedies(client, origin, named):
+    """A proxy that rewrites Host makes the page's own requests look like those of another site."""
+    detail = problem(client.ask("POST", "/increment/proxied", f"Origin: {origin}"), 403)
+    assert "let the proxy pass the Host header on" in detail
+    assert f"--cors-origin {named}" in detail
+    assert "localhost" in detail  # the Host it was asked as
+    assert client.count("proxied") == 0
+
+
 PATHS = [
     ("/increment", {"POST", "OPTIONS"}),
     ("/increment/x", {"POST", "OPTIONS"}),
@@ -761,6 +812,27 @@ def test_a_node_with_an_old_urllib3_does_not_start(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert "urllib3 1.26.18" in err
+
+
+@pytest.mark.parametrize("package", ["requests", "urllib3"])
+def test_a_node_without_its_packages_says_how_to_install_them(package, tmp_path):
+    """As one line with the command of the README, and status 1."""
+    for other in {"requests", "urllib3"} - {package}:
+        (tmp_path / f"{other}.py").touch()
+    ended = subprocess.run(
+        [sys.executable, "-S", "counter_server.py"],  # -S: without the installed packages
+        cwd=PROJECT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
+    assert ended.stderr.startswith(f"counter_server.py: {package} is not installed; ")
+    command = ended.stderr.partition("; run ")[2].strip()
+    assert command.endswith("pip install -q requests")
+    assert command in (PROJECT / "README.md").read_text()
 
 
 def test_a_node_whose_host_is_no_name_does_not_start():
