@@ -5,7 +5,9 @@ import contextlib
 import hashlib
 import http.client
 import re
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import require_tools, wait_until
@@ -37,6 +39,66 @@ BROKEN = """return [...document.querySelectorAll(arguments[0])].filter(element =
         return new Set([...range.getClientRects()].map(box => box.top)).size > 1;
     }).map(element => element.outerHTML)"""
 PHONE, DESKTOP = (390, 844), (1280, 800)
+PREFIX = "/counters"  # under which the proxy shows its node
+
+
+class Proxy(ThreadingHTTPServer):
+    """A proxy before a node, which it shows under PREFIX; on demand it swallows answers."""
+
+    daemon_threads = True
+    request_queue_size = 100
+
+    def __init__(self, node):
+        super().__init__(("127.0.0.1", 0), ProxiedRequest)
+        self.node, self.swallow = node, 0  # how many answers to a POST do not come through
+        self.address = f"127.0.0.1:{self.server_address[1]}{PREFIX}"
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), name="proxy")
+        self._thread.start()
+
+    def close(self):
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+    def handle_error(self, *_):
+        pass  # the browser went on to another page
+
+
+class ProxiedRequest(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 10
+
+    def do_GET(self):
+        if not self.path.startswith(f"{PREFIX}/"):
+            self.send_error(404)
+            return
+        answer = self.server.node.ask(self.command, self.path.removeprefix(PREFIX), headers=dict(self.headers))
+        if self.command == "POST" and self.server.swallow:
+            self.server.swallow -= 1
+            self.close_connection = True
+            return
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            if name.lower() not in ("date", "server"):
+                self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(answer.body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def start_proxy():
+    """Start proxies by calling it with a node."""
+    with contextlib.ExitStack() as stack:
+
+        def start(node):
+            return stack.enter_context(contextlib.closing(Proxy(node)))
+
+        yield start
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +184,7 @@ def test_only_the_page_itself_may_run(start_node):
         assert policy[f"{tag}-src"].split() == hashes != []
     assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
     assert policy["connect-src"] == "'self'"
-    assert not re.search(rb'\b(src|href)="(?!/|data:)', answer.body)
+    assert not re.search(rb'\b(src|href)="(?!data:|[a-z]+")', answer.body)
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
@@ -138,6 +200,47 @@ def test_the_count_goes_up(page, start_node):
     wait_until(lambda: page.counters() == {"default": "1", "visits": "1,234"})
     assert page.said() == "visits is 1,234"
     assert (node.count(), node.count("visits")) == (1, 1234)
+
+
+def test_the_page_works_behind_a_proxy_under_a_path_of_its_own(page, start_node, start_proxy):
+    """All that it asks for, and leads to, is beside it."""
+    node = start_node()
+    node.increment("/increment/visits")
+    page.open(start_proxy(node))
+    page.element("plus").click()
+    wait_until(lambda: page.text("count") == "1" and page.counters() == {"default": "1", "visits": "1"})
+    assert page.text("self-id") == node.get("/peers")["self"]["id"]
+    for link in page.driver.find_elements(By.CSS_SELECTOR, ".links a"):
+        assert f"{PREFIX}/{link.text.lower().replace('readiness', 'readyz')}" in link.get_attribute("href")
+
+
+def test_an_increment_without_an_answer_is_sent_again_until_there_is_one(page, start_node, start_proxy):
+    """Under one key, so that it counts once, however often it was counted and the answer lost."""
+    node = start_node()
+    proxy = start_proxy(node)
+    page.resize(*PHONE)
+    page.open(proxy)
+    proxy.swallow = 3
+    page.element("plus").click()
+    wait_until(lambda: page.text("refused").startswith("No answer yet for +1 to default; sending it again"))
+    wait_until(lambda: page.said() == "default is 1")
+    assert not page.element("refused").is_displayed()
+    assert (proxy.swallow, node.count(), page.text("count")) == (0, 1, "1")
+    assert all("net::ERR_" in message for message in page.errors())
+
+
+def test_increments_wait_for_a_node_that_is_away(page, start_cluster, start_node):
+    """Each of them is counted once when it is back."""
+    one, two = start_cluster(2)
+    page.open(one)
+    one.kill()
+    for _ in range(3):
+        page.element("plus").click()
+    wait_until(lambda: page.text("refused").startswith("No answer yet for 3 increments; sending them again"))
+    start_node(port=one.port, peers=[two])
+    wait_until(lambda: page.text("count") == "3" and not page.element("refused").is_displayed())
+    assert two.count() == 3
+    assert all("net::ERR_" in message for message in page.errors())
 
 
 def test_a_name_is_shown_large(page, start_node):

@@ -1,6 +1,6 @@
-"""The page at GET /: one file without any other, that talks to nobody but its node.
+"""The page at GET /: one file that loads no other and talks only to its node.
 
-Its Content-Security-Policy holds the browser to that, and to the very script and style of the file.
+Its Content-Security-Policy holds the browser to that, and to exactly the script and style in the file.
 """
 
 import base64
@@ -12,7 +12,7 @@ PAGE = Path(__file__).with_name("page.html").read_bytes()
 
 
 def _hashes(tag):
-    """Return the sources of a policy that allow what stands inline between these tags."""
+    """Return the sources that allow, in a policy, what stands inline between these tags."""
     inline = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), PAGE, re.DOTALL)
     return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in inline)
 
