@@ -1,10 +1,13 @@
 """The files in deploy/: valid for the tools that read them, and with flags that exist."""
 
 import configparser
+import gc
 import re
 import shlex
 import subprocess
 import sys
+import tracemalloc
+import uuid
 from pathlib import Path
 
 import kubernetes_validate
@@ -12,6 +15,7 @@ import pytest
 import yaml
 from conftest import PROJECT, require_tools
 
+from counter import Counter, new_replica
 from counter.config import parse_arguments
 
 DEPLOY = PROJECT / "deploy"
@@ -106,6 +110,72 @@ def test_kubernetes_finds_what_the_resources_name():
     assert volume["name"] == mount["name"]
     assert volume["secret"]["defaultMode"] & 0o007 == 0
     assert f"--secret-file={mount['mountPath']}/secret" in container()["args"]
+
+
+def test_a_probe_may_restart_one_pod_but_never_all():
+    """It takes minutes without an answer, longer than what strikes all pods at once."""
+    startup, liveness = container()["startupProbe"], container()["livenessProbe"]
+    assert startup["httpGet"] == liveness["httpGet"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 60
+    assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 300
+    budget = next(document for document in documents() if document["kind"] == "PodDisruptionBudget")
+    assert budget["spec"]["maxUnavailable"] == 1
+
+
+def bytes_per_item(fill, number=20_000):
+    """Return the bytes that stay allocated for each of `number` items that fill(number) makes."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        kept = fill(number)
+        gc.collect()
+        assert kept
+        return tracemalloc.get_traced_memory()[0] / number
+    finally:
+        tracemalloc.stop()
+
+
+def counters(number):
+    counter = Counter(new_replica(), number, number, 3600)
+    for name in range(number):
+        counter.increment(f"checkout.completed.{name:06}")
+    return counter
+
+
+def keys(number):
+    counter = Counter(new_replica(), number, number, 3600)
+    for key in range(number):
+        counter.increment_once(f"{uuid.UUID(int=key)}", "default", 1, 0.0)
+    return counter
+
+
+def test_the_memory_limit_holds_what_the_flags_allow():
+    """By the formula beside it, whose figures are those of the real objects."""
+    text = (DEPLOY / "kubernetes.yaml").read_text()
+    base, per_counter, per_key, per_connection = (
+        float(re.search(pattern, text)[1]) * unit
+        for pattern, unit in [
+            (r"# +(\d+) MiB\n", 2**20),
+            (r"\+ ([\d.]+) KB for every counter", 1000),
+            (r"\+ ([\d.]+) KB for every key", 1000),
+            (r"\+ ([\d.]+) KB for every connection", 1000),
+        ]
+    )
+    assert bytes_per_item(counters) <= per_counter
+    assert bytes_per_item(keys) <= per_key
+    flags = [flag for flag in container()["args"] if not flag.startswith("--secret-file")]
+    config = parse_arguments([*flags, "--insecure"])
+    pods = stateful_set()["spec"]["replicas"]
+    processes = int(re.search(r"With (\d+) of them", text)[1])
+    needed = (
+        base
+        + per_counter * pods * config.max_counters * processes
+        + per_key * config.max_idempotency_keys
+        + per_connection * config.max_connections
+    )
+    limit = container()["resources"]["limits"]["memory"]
+    assert limit.endswith("Gi")
+    assert needed <= int(limit.removesuffix("Gi")) * 2**30
 
 
 def test_the_image_has_what_the_project_is_made_of():
