@@ -3,7 +3,7 @@
 
     python benchmarks/simulate.py --nodes 10 100 1000 --seeds 1 2 3 --save docs/scale.json --plot docs/scale.svg
 
-Every node is the real Counter, PeerTable and Gossip; tests/simulation.py carries their messages, and
+Every node is the real Counter, PeerTable and Gossip; simulation.py carries their messages, and
 everything random comes from the seed.  A run goes through the life of a cluster: a cold start through
 one seed, idling, increments, a crash, a partition of both halves; and on its own, heavy loss.  Figures
 that were saved before are kept, so that a long series can be run in parts; the table and the curves
@@ -19,8 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from simulation import Network
 
