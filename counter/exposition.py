@@ -25,58 +25,82 @@ def render(counter, table, gossip, traffic, server, started_at, now):
 
     `started_at` is its start in seconds since 1970; `now` is of the clock its peer table uses.
     """
-    said = traffic.numbers()
-    values, _ = counter.list("", "", NAMED_MAX)
-    counters, keys = counter.sizes()
-    vector = counter.vector()
-    peers = table.snapshot(now)
-    unconfirmed = gossip.unconfirmed()
-    states = [peer.state for peer in peers]
-    requests = server.requests.totals()
     families = [
-        ("counter_increments_total", "counter", "Increments this node accepted.",
-         [("", {}, vector.get(counter.replica, 0))]),
-        ("counter_value", "gauge", f"Value of a counter; of the first {NAMED_MAX} by name.",
-         [("", {"name": name}, value) for name, value in values.items()]),
-        ("counter_counters", "gauge", "Counters known.", [("", {}, counters)]),
-        ("counter_idempotency_keys", "gauge", "Idempotency keys remembered.", [("", {}, keys)]),
-        ("counter_replicas", "gauge", "Replicas known: every process that ever counted, and cancellations.",
-         [("", {}, len(vector))]),
-        ("counter_http_requests_total", "counter", "Requests answered, by route and status.",
-         [("", {"route": route, "status": status.decode()}, number)
-          for route, tally in requests.items() for status, (number,) in sorted(tally.statuses.items())]),
-        ("counter_http_request_duration_seconds", "histogram", DURATION_HELP,
-         [sample for route, tally in requests.items() for sample in _histogram(route, tally)]),
-        ("counter_connections", "gauge", "Open connections: of clients, of peers, and not yet known whose.",
-         [("", {"kind": kind}, number) for kind, number in server.connections().items()]),
-        ("counter_peers", "gauge", "Peers, by state.",
-         [("", {"state": state}, states.count(state)) for state in ("active", "lost")]),
-        ("counter_peer_unconfirmed_increments", "gauge",
-         "Increments that a peer has yet to confirm, of those accepted here or by nodes that are gone.",
-         # Of the addresses a set: a series that is there twice voids a scrape.
-         [("", {"address": address}, unconfirmed[address])
-          for address in sorted({peer.address for peer in peers} & unconfirmed.keys())]),
-        ("counter_gossip_messages_sent_total", "counter", "Messages sent to peers, heartbeats included.",
-         [("", {}, said["messages"])]),
-        ("counter_gossip_messages_failed_total", "counter", "Messages to peers that got no good answer.",
-         [("", {}, said["messages_failed"])]),
-        ("counter_gossip_retries_total", "counter", "Messages to peers where the one before had failed.",
-         [("", {}, said["retries"])]),
-        ("counter_deltas_sent_total", "counter", "Deltas sent to peers, in messages and in answers.",
-         [("", {}, said["deltas"])]),
-        ("counter_deltas_failed_total", "counter", "Deltas in messages to peers that got no good answer.",
-         [("", {}, said["deltas_failed"])]),
-        ("counter_gossip_sent_bytes_total", "counter", "Bytes sent to peers, without HTTP heads.",
-         [("", {}, said["bytes_sent"])]),
-        ("counter_gossip_received_bytes_total", "counter", "Bytes received from peers, without HTTP heads.",
-         [("", {}, said["bytes_received"])]),
-        ("counter_build_info", "gauge", "Always 1.",
-         [("", {"version": __version__, "python": platform.python_version()}, 1)]),
-        ("process_start_time_seconds", "gauge", "Start of this node, in seconds since 1970.",
-         [("", {}, round(started_at, 3))]),
-        ("process_cpu_seconds_total", "counter", "User and system CPU time spent.", [("", {}, time.process_time())]),
-    ]  # fmt: skip
+        *_counts(counter),
+        *_requests(server),
+        *_peers(table.snapshot(now), gossip.unconfirmed()),
+        *_traffic(traffic.numbers()),
+        *_process(started_at),
+    ]
     return "".join(line for family in families for line in _lines(*family))
+
+
+def _single(name, kind, help, value):
+    """Return a family of one sample without labels."""
+    return name, kind, help, [("", {}, value)]
+
+
+def _counts(counter):
+    vector = counter.vector()
+    counters, keys = counter.sizes()
+    values, _ = counter.list("", "", NAMED_MAX)
+    yield _single(
+        "counter_increments_total", "counter", "Increments this node accepted.", vector.get(counter.replica, 0)
+    )
+    help = f"Value of a counter; of the first {NAMED_MAX} by name."
+    yield "counter_value", "gauge", help, [("", {"name": name}, value) for name, value in values.items()]
+    yield _single("counter_counters", "gauge", "Counters known.", counters)
+    yield _single("counter_idempotency_keys", "gauge", "Idempotency keys remembered.", keys)
+    help = "Replicas known: every process that ever counted, and cancellations."
+    yield _single("counter_replicas", "gauge", help, len(vector))
+
+
+def _requests(server):
+    totals = server.requests.totals()
+    samples = [
+        ("", {"route": route, "status": status.decode()}, number)
+        for route, tally in totals.items()
+        for status, (number,) in sorted(tally.statuses.items())
+    ]
+    yield "counter_http_requests_total", "counter", "Requests answered, by route and status.", samples
+    samples = [sample for route, tally in totals.items() for sample in _histogram(route, tally)]
+    yield "counter_http_request_duration_seconds", "histogram", DURATION_HELP, samples
+    help = "Open connections: of clients, of peers, and not yet known whose."
+    samples = [("", {"kind": kind}, number) for kind, number in server.connections().items()]
+    yield "counter_connections", "gauge", help, samples
+
+
+def _peers(peers, unconfirmed):
+    """Yield the families about peers, given as PeerTable.snapshot() and Gossip.unconfirmed() return them."""
+    states = [peer.state for peer in peers]
+    samples = [("", {"state": state}, states.count(state)) for state in ("active", "lost")]
+    yield "counter_peers", "gauge", "Peers, by state.", samples
+    # A set of addresses: a series that is there twice voids a scrape.
+    addresses = sorted({peer.address for peer in peers} & unconfirmed.keys())
+    samples = [("", {"address": address}, unconfirmed[address]) for address in addresses]
+    help = "Increments that a peer has yet to confirm, of those accepted here or by nodes that are gone."
+    yield "counter_peer_unconfirmed_increments", "gauge", help, samples
+
+
+def _traffic(numbers):
+    for name, number, help in (
+        ("counter_gossip_messages_sent_total", "messages", "Messages sent to peers, heartbeats included."),
+        ("counter_gossip_messages_failed_total", "messages_failed", "Messages to peers that got no good answer."),
+        ("counter_gossip_retries_total", "retries", "Messages to peers where the one before had failed."),
+        ("counter_deltas_sent_total", "deltas", "Deltas sent to peers, in messages and in answers."),
+        ("counter_deltas_failed_total", "deltas_failed", "Deltas in messages to peers that got no good answer."),
+        ("counter_gossip_sent_bytes_total", "bytes_sent", "Bytes sent to peers, without HTTP heads."),
+        ("counter_gossip_received_bytes_total", "bytes_received", "Bytes received from peers, without HTTP heads."),
+    ):
+        yield _single(name, "counter", help, numbers[number])
+
+
+def _process(started_at):
+    versions = {"version": __version__, "python": platform.python_version()}
+    yield "counter_build_info", "gauge", "Always 1.", [("", versions, 1)]
+    help = "Start of this node, in seconds since 1970."
+    yield _single("process_start_time_seconds", "gauge", help, round(started_at, 3))
+    yield _single("process_cpu_seconds_total", "counter", "User and system CPU time spent.", time.process_time())
 
 
 def _histogram(route, tally):

@@ -322,7 +322,7 @@ def test_thousands_of_counters_are_searched_and_turned_over(page, start_node):
     assert not page.element("pager").is_displayed()
     page.search("new")
     wait_until(lambda: page.counters() == {"new": "0"})
-    assert page.text("note") == page.said() == "There is no new yet; +1 creates it."
+    wait_until(lambda: page.text("note") == page.said() == "There is no new yet; +1 creates it.")
     page.button("+1 to new").click()
     wait_until(lambda: page.counters() == {"new": "1"} and not page.text("note"))
     page.search("constructor")  # which every object of JavaScript has
