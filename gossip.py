@@ -40,14 +40,13 @@ class _Link:
 
     def __init__(self, address, is_seed=False, agreed=False):
         self.address, self.is_seed = address, is_seed  # a seed is a name to resolve first
-        self.due = NEVER  # when to send next
+        self.compare_at = NEVER  # when to compare vectors next, or to look up the name
         self.in_flight = False
-        self.compare = True  # the next message is to compare vectors, not only to push
+        self.compare = True  # the message in flight compares vectors, and does not only push
         self.started = -NEVER  # when it was last sent to
         self.pushed = -NEVER  # when increments were last pushed to it, and nothing else
-        self.failures = 0  # in a row
-        self.retrying = False  # sending failed, which was logged, and it did not work since
-        self.retry_at = -NEVER  # before that only heartbeats are sent: it backs off
+        self.failures = 0  # sends in a row that got no good answer; the first was logged
+        self.retry_at = -NEVER  # before that only heartbeats are sent; NEVER: until one is answered
         self.peer = None  # the replica id that answered last
         self.confirmed = None  # the vector it last confirmed, never changed in place; None: unknown
         self.agreed = agreed  # the vectors were equal when they were last compared, or most likely are
@@ -77,16 +76,21 @@ class Gossip:
         self._pushed_to, self._doubtful_max = pushed_to, doubtful_max
         # Guards everything below.  Held for dictionary work only, never together with another.
         self._lock = threading.Lock()
-        self._due = threading.Condition(self._lock)  # workers wait on it for a link to become due
+        self._due = threading.Condition(self._lock)  # one worker waits on it for a link to become due
+        self._idle = threading.Condition(self._lock)  # the others wait on it to take that one's place
+        self._watched = False  # a worker waits on _due
         self._confirming = threading.Condition(self._lock)  # drain() waits on it for answers
         self._awaited = {}  # threading.Event -> (replica, sequence): who waits for acks of that dot
         self._links = {}  # address -> _Link
         self._seed_links = {}  # name -> _Link
-        self._pending = {}  # the links with something to send or in flight, as an ordered set
-        self._pushed = []  # the links that increments are pushed to at once
+        self._scheduled = {}  # the links with a time at which to compare, as an ordered set
+        self._in_flight = {}  # the links that a message is on its way over, as an ordered set
+        self._pushed = {}  # the links that increments are pushed to at once, as an ordered set
         self._agreed = False  # the vectors of this node and another were equal at the last comparison
         self._hashed = (None, None)  # a vector and its hash, the last one that was needed
-        self.touched = False  # those were told of an increment, and nothing was sent since
+        # A worker waits, and an increment now would make a push due that it does not wait for.  Whoever
+        # counts reads this without the lock.
+        self.asleep = False
         self._caught_up = False  # everything that some peer held was held here, at least once
         self._impatient = False  # nobody is to wait for acks any more
         self._closed = False
@@ -97,30 +101,25 @@ class Gossip:
 
     # What makes a link due.
 
-    def touch(self, now):
-        """Make the peers due that are pushed to: an increment was accepted."""
-        if self.touched:
-            return
-        with self._lock:
-            self.touched = True
-            for link in self._pushed:
-                self._schedule_push_locked(link, now)
+    def wake(self):
+        """Have a worker look what is due after an increment, where none would by itself."""
+        if self.asleep:
+            with self._lock:
+                self.asleep = False
+                self._due.notify()
 
     def contact(self, addresses, now):
         """Compare vectors with those addresses, as soon as they do not back off."""
         with self._lock:
             for address in addresses:
                 link = self._link_locked(address)
-                link.compare = True
                 self._schedule_locked(link, max(now, link.retry_at))
 
     def swept(self, addresses, seeds, now):
         """Send a heartbeat to those addresses now, and resolve the names of those seeds."""
         with self._lock:
             for address in addresses:
-                link = self._link_locked(address)
-                link.compare = True
-                self._schedule_locked(link, now)
+                self._schedule_locked(self._link_locked(address), now)
             for name in seeds:
                 self._schedule_locked(self._seed_links.setdefault(name, _Link(name, is_seed=True)), now)
         self._follow_membership(now)
@@ -132,12 +131,14 @@ class Gossip:
             kept = [link.address for link in self._pushed]
         chosen = dict.fromkeys(self._table.choose(kept, self._pushed_to))
         with self._lock:
-            self._pushed = [self._link_locked(address) for address in chosen]
+            self._pushed = {self._link_locked(address): None for address in chosen}
             # In a large cluster most peers are contacted rarely: a connection and a vector kept
             # for each would grow with the square of the cluster.
             for link in list(self._links.values()):
-                if link.address not in chosen and link not in self._pending and now - link.started > LINK_IDLE_S:
+                used = link in self._pushed or link in self._scheduled or link.in_flight
+                if not used and now - link.started > LINK_IDLE_S:
                     del self._links[link.address]
+            self._due.notify()  # those who are new may lack something
             self._confirming.notify_all()  # nobody is to wait for a peer that is gone
 
     def _link_locked(self, address):
@@ -147,75 +148,118 @@ class Gossip:
         return link
 
     def _schedule_locked(self, link, at):
-        if at < link.due:
-            link.due = at
-            self._pending[link] = None
+        if at < link.compare_at:
+            link.compare_at = at
+            self._scheduled[link] = None
             self._due.notify()
 
-    def _schedule_push_locked(self, link, now):
-        # The more peers, the longer the pauses: the cost of pushing stays what it is.  A heartbeat
-        # does not delay the push after it, or every second some increments would come late.
-        latest = link.started if link.compare else link.pushed
-        self._schedule_locked(link, max(now, latest + PACING_S * len(self._pushed), link.retry_at))
+    def _unschedule_locked(self, link):
+        link.compare_at = NEVER
+        self._scheduled.pop(link, None)
+
+    def _dues_locked(self):
+        """Yield (when to send over it, link) for all links that are free and have something to send."""
+        replica, own, pushed = self._counter.replica, self._counter.sequence, self._pushed
+        pacing_s = self._pacing_s_locked()
+        for link in self._scheduled:
+            if not link.in_flight and link not in pushed:
+                yield link.compare_at, link
+        for link in pushed:
+            if not link.in_flight:
+                at = link.compare_at
+                if own and (not link.confirmed or link.confirmed.get(replica, 0) < own):
+                    # A heartbeat does not delay the push after it, or every second some increments would come late.
+                    at = min(at, max(link.pushed + pacing_s, link.retry_at))
+                if at < NEVER:
+                    yield at, link
+
+    def _is_quiet_locked(self):
+        """Return whether there is a peer to which the next increment would make a push due."""
+        replica, own = self._counter.replica, self._counter.sequence
+        return any(not link.in_flight and (link.confirmed or {}).get(replica, 0) >= own for link in self._pushed)
+
+    def _pacing_s_locked(self):
+        """Return the least time between two pushes to a peer: the more peers, the longer, at the same cost."""
+        return PACING_S * len(self._pushed)
 
     # A send, from its being due to its end.
 
     def take(self, now):
         """Return a link that is due, now in flight, or None."""
         with self._lock:
-            return self._take_locked(now)
-
-    def next_link(self, clock):
-        """Wait until a link is due and return it, now in flight; None once closed."""
-        with self._lock:
-            while not self._closed:
-                now = clock()
-                link = self._take_locked(now)
-                if link:
-                    return link
-                due = self._next_due_locked(now)
-                self._due.wait(None if due == NEVER else due - now)
-        return None
+            return self._look_locked(now)[0]
 
     def next_due(self, now):
         """Return when the next link becomes due after `now`; NEVER if none does by itself."""
         with self._lock:
-            return self._next_due_locked(now)
+            return min((at for at, _ in self._dues_locked() if at > now), default=NEVER)
 
-    def _next_due_locked(self, now):
-        # A link that is due but was not taken waits for the end of another send.
-        return min((link.due for link in self._pending if link.due > now), default=NEVER)
+    def next_link(self, clock):
+        """Wait until a link is due and return it, now in flight; None once closed.
+
+        One worker waits for the time at which the next link becomes due, all others to take its
+        place once it has a link: or all would wake up at that time.
+        """
+        with self._lock:
+            while not self._closed:
+                if self._watched:
+                    self._idle.wait()
+                    continue
+                self.asleep = True  # before it looks: from here on an increment wakes it
+                now = clock()
+                link, due_at = self._look_locked(now)
+                self.asleep = link is None and self._is_quiet_locked()
+                if link:
+                    self._idle.notify()
+                    return link
+                self._watched = True
+                self._due.wait(None if due_at == NEVER else due_at - now)
+                self._watched = False
+        return None
 
     def close(self):
         """Let everyone go who waits for a link, now and from now on."""
         with self._lock:
             self._closed = True
             self._due.notify_all()
+            self._idle.notify_all()
 
-    def _take_locked(self, now):
-        due = [link for link in self._pending if link.due <= now and not link.in_flight]
-        doubtful = [link for link in self._pending if link.in_flight and link.doubtful()]
-        if len(doubtful) >= self._doubtful_max:
-            due = [link for link in due if not link.doubtful()]
+    def _look_locked(self, now):
+        """Return (a link that is due, now in flight, or None; when the next becomes due)."""
+        due, next_at = [], NEVER
+        for at, link in self._dues_locked():
+            if at <= now:
+                due.append((at, link))
+            else:
+                next_at = min(next_at, at)
         if not due:
-            return None
+            return None, next_at
+        doubtful = [link for link in self._in_flight if link.doubtful()]
+        if len(doubtful) >= self._doubtful_max:  # one that has to wait is taken at the end of another send
+            due = [(at, link) for at, link in due if not link.doubtful()]
+        if not due:
+            return None, next_at
         # The dead, if they are many, must not keep an active peer that once did not answer from being
         # asked again, nor must such peers keep the dead from being tried: each has a send of its own,
         # where there are two.
         asked = any(link in self._pushed for link in doubtful)
 
-        def rank(link):
+        def rank(entry):
+            at, link = entry
             if not link.doubtful():
-                return 0, link.due
+                return 0, at
             is_next = self._doubtful_max == 1 or (link in self._pushed) != asked
-            return 1 if is_next else 2, link.due
+            return 1 if is_next else 2, at
 
-        link = min(due, key=rank)
-        link.in_flight, link.due, link.started = True, NEVER, now
-        if not link.compare:
+        _, link = min(due, key=rank)
+        link.in_flight, link.started = True, now
+        self._in_flight[link] = None
+        link.compare = link.compare_at <= now
+        if link.compare:
+            self._unschedule_locked(link)
+        else:
             link.pushed = now
-        self.touched = False
-        return link
+        return link, next_at
 
     def request(self, link, now):
         """Return the Message to send over a link in flight; None if there is nothing to say."""
@@ -223,7 +267,7 @@ class Gossip:
         with self._lock:
             known, agreed = link.confirmed, link.agreed
             failing = link.failures > 0
-            compare, link.compare = link.compare or known is None, False
+            compare = link.compare or failing or known is None
         if compare:
             sender, view = self._table.describe()
             # After a failure it is enough to find out what the peer holds: it may have arrived.
@@ -260,17 +304,11 @@ class Gossip:
             if request.applied is not None:
                 self._agreed = link.agreed = link.confirmed == request.applied
                 self._caught_up = self._caught_up or (link.peer != replica and not lacks(mine, link.confirmed))
-            news = merged or link.confirmed != before or request.hash is not None
-            progress = link.failures > 0 and (news or not request.deltas)
-            recovered = progress and link.retrying
-            link.retrying = link.retrying and not recovered
-            if news or not request.deltas:
-                link.failures, link.retry_at = 0, -NEVER
-            else:  # it answers, but takes nothing
-                self._back_off_locked(link, now)
+            recovered, link.failures, link.retry_at = link.failures > 0, 0, -NEVER
             self._release_locked(link)
             if link.peer != replica:
-                self._follow_up_locked(link, request, mine, replica, news or progress, now)
+                progressed = merged or link.confirmed != before or request.hash is not None
+                self._follow_up_locked(link, request, before, mine, progressed, now)
             self._confirming.notify_all()
         if recovered:
             log.info("recovered: addr=%s", link.address)
@@ -285,57 +323,50 @@ class Gossip:
             return answer.applied
         return before if before is None else {**before, **(answer.confirms or {})}
 
-    def _follow_up_locked(self, link, request, mine, replica, news, now):
-        """Make a link due again if its answer showed that one side still lacks something."""
-        confirmed = link.confirmed
+    def _follow_up_locked(self, link, request, before, mine, progressed, now):
+        """Compare vectors again where an answer showed that one side still lacks something."""
+        own, confirmed, compared = request.sender.id, link.confirmed, request.applied is not None
+        sent = max((delta.through for delta in request.deltas if delta.replica == own), default=0)
         if confirmed is None:
-            link.compare = True
-        elif request.applied is not None and news:
+            again = True
+        elif confirmed.get(own, 0) < sent:  # it did not take what this node counted
+            again = not compared
+            if compared and before.get(own, 0) == confirmed.get(own, 0):
+                link.retry_at = NEVER  # nor will it: further pushes wait for the next heartbeat
+        else:
             # Compared with what was held as the request was cut: of what arrived since, its
-            # own node tells the peer.  Without news the next heartbeat is soon enough.
-            link.compare = link.compare or lacks(mine, confirmed) or lacks(confirmed, request.applied)
-        # Asked of the counter anew: `mine` may be older than the latest touch().  This look-up
-        # takes no lock.  Whoever counts after it has to touch again, as the link may not stay due.
-        self.touched = False
-        unpushed = confirmed is not None and self._counter.holds(replica, confirmed.get(replica, 0) + 1)
-        if link.compare or (unpushed and link in self._pushed):
-            self._schedule_push_locked(link, now)
-        elif link.due != NEVER:  # it has confirmed already what it was to be told
-            link.due = NEVER
-            self._pending.pop(link, None)
+            # own node tells the peer.  Without progress the next heartbeat is soon enough.
+            again = compared and progressed and (lacks(mine, confirmed) or lacks(confirmed, request.applied))
+        if again:
+            self._schedule_locked(link, max(now, link.started + self._pacing_s_locked()))
 
     def failed(self, link, error, now):
         """Take note that a send came to nothing; the link is free again."""
         with self._lock:
-            self._back_off_locked(link, now)
-            first, link.retrying = not link.retrying, True
-            link.compare, link.due = True, NEVER
-            self._release_locked(link)
+            link.failures += 1
+            first = link.failures == 1
+            link.retry_at = now + backoff_s(link.failures, self._backoff_s, self._backoff_max_s, self._rng)
+            self._unschedule_locked(link)
             if link in self._pushed:  # others are tried again by the sweeps alone
                 self._schedule_locked(link, link.retry_at)
+            self._release_locked(link)
         # A peer that stays down is one line, not one per try.  One that never answered may not have started yet.
         starting = link.peer is None and isinstance(error, OSError)
         level = logging.DEBUG if not first else logging.INFO if starting else logging.WARNING
         what = "no answer yet" if starting else "retrying"
         log.log(level, "%s: addr=%s error=%s", what, link.address, _cause(error))
 
-    def _back_off_locked(self, link, now):
-        link.failures += 1
-        link.retry_at = now + backoff_s(link.failures, self._backoff_s, self._backoff_max_s, self._rng)
-
     def released(self, link):
         """Take note that there was nothing to send, or that a seed was looked up; the link is free again."""
         with self._lock:
-            link.failures = 0
-            recovered, link.retrying = link.retrying, False
+            recovered, link.failures = link.failures > 0, 0
             self._release_locked(link)
         if recovered:
             log.info("recovered: addr=%s", link.address)
 
     def _release_locked(self, link):
         link.in_flight = False
-        if link.due == NEVER:
-            self._pending.pop(link, None)
+        self._in_flight.pop(link, None)
         self._due.notify()  # it may be due again, and another may have waited for its end
 
     # What others send.

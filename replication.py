@@ -80,8 +80,8 @@ class Replicator:
 
     def wake(self):
         """Send on what was just counted."""
-        if not self._gossip.touched:  # under load a push is on its way already: one attribute read
-            self._gossip.touch(self._clock())
+        if self._gossip.asleep:  # under load a push is on its way already: one attribute read
+            self._gossip.wake()
 
     def contact(self, addresses, seeds):
         """Send heartbeats to addresses and look up seeds: what a sweep asks for."""

@@ -34,7 +34,7 @@ class SimulatedNode:
 
     def increment(self, name, amount, key=None):
         increment(self.counter, self.network.log, name, amount, key, self.network.now)
-        self.gossip.touch(self.network.now)
+        self.network.at(self.network.now, self, lambda: None)  # it sends after whatever it does
 
     def sweep(self):
         now = self.network.now

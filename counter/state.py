@@ -132,6 +132,11 @@ class Counter:
     def replica(self):
         return self._replica
 
+    @property
+    def sequence(self):
+        """The sequence of the last increment accepted under this id; 0 before the first."""
+        return self._applied.get(self._replica, 0)
+
     def increment(self, name, amount=1):
         """Count `amount`, any integer but 0; return (replica, sequence, value of the counter).
 

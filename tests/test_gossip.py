@@ -30,7 +30,6 @@ def test_an_increment_is_due_at_once_and_travels_alone():
     link = node.meet()
     assert node.gossip.take(1.0) is None
     node.counter.increment("x", 5)
-    node.gossip.touch(1.0)
     assert node.gossip.take(1.0) is link
     request = node.gossip.request(link, 0.0)
     assert (request.applied, request.hash, request.deltas) == (None, None, [Delta(ME, 0, 1, {"x": (1, 5)})])
@@ -43,11 +42,9 @@ def test_what_is_counted_during_a_send_goes_in_the_next_after_a_pause():
     node = Half()
     link = node.meet()
     node.counter.increment("x")
-    node.gossip.touch(1.0)
     node.gossip.take(1.0)
     request = node.gossip.request(link, 0.0)
     node.counter.increment("x")
-    node.gossip.touch(1.001)
     assert node.gossip.take(1.001) is None
     node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.002)
     assert node.gossip.take(1.002) is None
@@ -55,27 +52,44 @@ def test_what_is_counted_during_a_send_goes_in_the_next_after_a_pause():
     assert node.gossip.request(link, 0.0).deltas == [Delta(ME, 1, 2, {"x": (2, 2)})]
 
 
-def test_a_push_that_another_send_made_needless_is_not_sent():
+def test_a_push_that_a_heartbeat_of_the_peer_made_needless_is_not_sent():
     node = Half()
     link = node.meet()
     node.counter.increment("x")
-    node.gossip.touch(1.0)
-    node.gossip.take(1.0)
-    request = node.gossip.request(link, 0.0)
-    node.gossip.touch(1.0)
-    node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.0)
+    node.gossip.receive(Message(A_SENDS._replace(beat=2), NOBODY, {ME: 1}, None, None, []), 1.0)
+    assert node.gossip.take(1.0) is None
     assert node.gossip.next_due(1.0) == gossip.NEVER
     node.counter.increment("x")
-    assert not node.gossip.touched  # or nobody would call the next
-    node.gossip.touch(2.0)
     assert node.gossip.take(2.0) is link
+
+
+def test_an_increment_counted_while_nobody_was_there_delays_no_later_one():
+    """A peer that joins by calling is pushed to at once, not from the next heartbeat on."""
+    node = Half()
+    node.counter.increment("x")
+    node.gossip.receive(Message(A_SENDS, NOBODY, {}, None, None, []), 1.0)
+    node.counter.increment("x")
+    assert node.gossip.take(1.0).address == AT_A
+
+
+def test_an_answer_overtaken_by_a_heartbeat_of_the_peer_is_no_failure():
+    """The heartbeat shows what the answer would have confirmed."""
+    node = Half()
+    link = node.meet()
+    node.counter.increment("x")
+    assert node.gossip.take(1.0) is link
+    request = node.gossip.request(link, 1.0)
+    node.gossip.receive(Message(A_SENDS._replace(beat=2), NOBODY, {ME: 1}, None, None, []), 1.0)
+    node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.0)
+    node.counter.increment("x")
+    assert link.failures == 0
+    assert node.gossip.take(1.0 + gossip.PACING_S) is link
 
 
 def test_a_failed_send_is_tried_again_later_and_later():
     node = Half()
     link = node.meet()
     node.counter.increment("x")
-    node.gossip.touch(1.0)
     now, waits = 1.0, []
     for _ in range(200):
         assert node.gossip.take(now) is link
@@ -107,17 +121,14 @@ def test_a_peer_that_stays_down_is_one_line(caplog):
 
 
 def test_only_what_failed_recovers(caplog):
-    """An answer that takes nothing makes the node back off, but is no trouble that an operator should read of."""
+    """An answer that takes nothing makes the node wait, but is no trouble that an operator should read of."""
     caplog.set_level(logging.INFO)
     node = Half()
     link = node.meet()
     node.counter.increment("x")
-    node.gossip.touch(1.0)
-    node.gossip.take(1.0)
+    assert node.gossip.take(1.0) is link
     node.gossip.answered(link, node.gossip.request(link, 1.0), answer({}, confirms={}), 1.0)
-    assert link.failures == 1
     node.meet(now=10.0)
-    assert link.failures == 0
     assert not [record for record in caplog.records if record.name == "counter.replication"]
 
 
@@ -199,7 +210,6 @@ def test_only_some_peers_are_told_of_an_increment_at_once():
     for number in range(5):
         node.meet(f"10.0.1.{number}:80", f"{number:08x}-0000-8000")
     node.counter.increment("x")
-    node.gossip.touch(1.0)
     assert len({node.gossip.take(1.0).address for _ in range(2)}) == 2
     assert node.gossip.take(1.0) is None
 
@@ -267,24 +277,26 @@ def test_a_peer_that_takes_nothing_does_not_make_the_node_spin():
     assert node.gossip.take(10.0)
 
 
-def test_a_peer_that_answers_but_takes_nothing_is_pushed_to_less_and_less():
+def test_a_peer_that_answers_but_takes_nothing_is_asked_what_it_holds_and_then_left_until_its_heartbeat():
     node = Half()
-    link, sends, now = node.meet(), 0, 1.0
+    link, sends = node.meet(), []
     node.counter.increment("x")
-    node.gossip.touch(now)
-    while now < 100:
+    for now in (1.0, 1.1, 1.2, 50.0, 100.0, 100.1, 100.2):
+        if now == 100.0:
+            node.gossip.swept([AT_A], [], now)
         if node.gossip.take(now):
-            node.gossip.answered(link, node.gossip.request(link, now), answer({}, confirms={}), now)
-            sends += 1
-        now = min(100, node.gossip.next_due(now))
-    assert 10 < sends < 150
+            request = node.gossip.request(link, now)
+            sends.append((now, request.applied is not None))
+            node.gossip.answered(link, request, answer({} if request.applied else None, confirms={}), now)
+    assert sends == [(1.0, False), (1.1, True), (100.0, True)]
+    node.gossip.receive(Message(A_SENDS._replace(beat=2), NOBODY, {}, None, None, []), 101.0)
+    assert node.gossip.take(101.0) is link
 
 
 def test_an_increment_that_arrives_as_its_predecessor_is_confirmed_is_not_forgotten(monkeypatch):
     node = Half()
     link = node.meet()
     node.counter.increment("x")
-    node.gossip.touch(1.0)
     node.gossip.take(1.0)
     request = node.gossip.request(link, 1.0)
     vector = node.counter.vector
@@ -292,7 +304,6 @@ def test_an_increment_that_arrives_as_its_predecessor_is_confirmed_is_not_forgot
     def vector_and_an_increment():
         before = vector()
         node.counter.increment("x")
-        node.gossip.touch(1.0)
         return before
 
     monkeypatch.setattr(node.counter, "vector", vector_and_an_increment)
@@ -308,7 +319,6 @@ def test_a_peer_that_cannot_be_dialled_is_dialled_once_a_heartbeat_at_most():
         message = Message(Sender(A, AT_A, step + 2, False), NOBODY, None, None, None, [])
         node.gossip.receive(message._replace(applied={}) if step % 50 == 0 else message, now)
         node.counter.increment("x")
-        node.gossip.touch(now)
         while node.gossip.take(now):
             tries += 1
             node.gossip.failed(link, OSError("down"), now)
@@ -350,7 +360,6 @@ def test_a_restarted_peer_is_owed_everything_again():
         talk(node, first, node.gossip.take(now), now)
     assert first.counter.value("x") == 1
     node.counter.increment("x")
-    node.gossip.touch(2.0)
     now = 2.0
     while link := node.gossip.take(now):
         talk(node, second, link, now)
@@ -363,7 +372,6 @@ def test_a_message_from_a_peer_ends_its_backoff():
     node = Half()
     link = node.meet()
     node.counter.increment("x")
-    node.gossip.touch(1.0)
     node.gossip.take(1.0)
     for _ in range(20):
         node.gossip.failed(link, OSError("down"), 1.0)
@@ -401,7 +409,6 @@ def test_a_node_that_takes_more_than_it_sent_for_its_own_is_cloned(caplog):
     node = Half()
     link = node.meet()
     node.counter.increment("x")
-    node.gossip.touch(1.0)
     assert node.gossip.take(1.0) is link
     node.gossip.answered(link, node.gossip.request(link, 1.0), answer(confirms={ME: 2}), 1.0)
     assert node.counter.replica != ME
@@ -436,16 +443,19 @@ def test_who_waits_for_acks_is_woken_by_what_it_waits_for_only(monkeypatch):
     waiting.start()
     assert looked.acquire(timeout=10)
 
-    def confirm(link, id, address):
-        node.gossip.swept([address], [], 1.0)
-        assert node.gossip.take(1.0) is link
-        node.gossip.answered(link, node.gossip.request(link, 1.0), answer({ME: 1}, id, address), 1.0)
+    assert {node.gossip.take(1.0), node.gossip.take(1.0)} == set(links)
 
-    confirm(links[0], A, AT_A)
+    def confirm(link):
+        confirmed = answer({ME: 1}, link.peer, link.address, confirms={ME: 1})
+        node.gossip.answered(link, node.gossip.request(link, 1.0), confirmed, 1.0)
+
+    confirm(links[0])
     assert looked.acquire(timeout=10)
-    confirm(links[0], A, AT_A)
+    node.gossip.swept([AT_A], [], 1.0)
+    assert node.gossip.take(1.0) is links[0]
+    confirm(links[0])
     assert not any(event.is_set() for event in node.gossip._awaited)
-    confirm(links[1], B, AT_B)
+    confirm(links[1])
     waiting.join(10)
     assert reached == [3]
     assert not node.gossip._awaited
@@ -473,7 +483,7 @@ def test_draining_tells_who_joins_meanwhile():
     drained = []
     thread = threading.Thread(target=lambda: drained.append(node.gossip.drain(time.monotonic, 20)))
     thread.start()
-    wait_until(lambda: node.gossip._pending)
+    wait_until(lambda: node.gossip.next_due(0.0) < gossip.NEVER)
     peers[AT_B].gossip.contact([AT_ME], 0.0)
     talk(peers[AT_B], node, peers[AT_B].gossip.take(0.0), 0.0)
     while thread.is_alive():
@@ -556,12 +566,10 @@ def test_whom_to_push_to_changes_where_there_are_more():
     for now in range(1, 30):
         node.gossip.swept([], [], float(now))
         node.counter.increment("x")
-        node.gossip.touch(float(now))
         links = [node.gossip.take(float(now)) for _ in range(2)]
         assert node.gossip.take(float(now)) is None
         for link in links:
             told.add(link.address)
-            node.gossip.failed(link, OSError("down"), float(now))
-            link.failures, link.retry_at, link.due = 0, 0.0, gossip.NEVER
-            node.gossip.released(link)
+            confirmed = answer(None, link.peer, link.address, confirms={ME: now})
+            node.gossip.answered(link, node.gossip.request(link, float(now)), confirmed, float(now))
     assert len(told) == 6

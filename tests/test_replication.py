@@ -151,6 +151,33 @@ def test_peers_that_hang_hold_no_worker_that_others_need(pool):
         released.set()
 
 
+def test_an_increment_wakes_a_worker_where_none_looks_by_itself(pool):
+    """Once all peers have confirmed all; not for each increment while a push is under way."""
+    answering = threading.Event()
+    answering.set()
+
+    def slow(body):
+        answering.wait(30)
+        return good(body)
+
+    node, replicator, (peer,) = pool(slow)
+    replicator.contact([peer.address], [])
+    wait_until(lambda: node.gossip.asleep)
+    answering.clear()
+    node.counter.increment("x")
+    replicator.wake()
+    try:
+        wait_until(lambda: len(peer.bodies) == 2)
+        node.counter.increment("x")
+        wait_until(lambda: not node.gossip.asleep)
+        replicator.wake()
+    finally:
+        answering.set()
+    wait_until(lambda: node.gossip.unconfirmed()[peer.address] == 0)
+    assert sum(delta.through for body in peer.bodies for delta in decode(body).deltas) == 1 + 2
+    wait_until(lambda: node.gossip.asleep)
+
+
 def test_a_worker_survives_a_bug(pool, monkeypatch, caplog):
     node, replicator, (peer,) = pool(good, workers=1)
     monkeypatch.setattr(node.gossip, "request", lambda link, now: 1 / 0)
