@@ -122,10 +122,12 @@ class Counter:
         self._vector = {}  # the copy of _applied last handed out; None once out of date
         self._waiting = {}  # replica -> [(sequence, threading.Event)]: who waits for a dot
         self._impatient = False  # nobody is to wait any more
+        self._watching = set()  # of threading.Event: who wants to know of the next change
         # replica -> {sequence: (digest, name, amount, when it was accepted)}, by sequence
         self._accepted = {}
         self._dot_of = {}  # digest -> (replica, sequence): the smallest dot seen of that key
         self._expiry = []  # heap of (when accepted, replica, sequence), all of _accepted
+        self._keys_loaded_at = float("-inf")  # no key is forgotten within the window after that
         self._requires = {}  # replica of a cancellation -> (smaller dot, cancelled dot)
 
     @property
@@ -183,6 +185,8 @@ class Counter:
         self._applied[replica] = sequence
         self._vector = None
         self._values[name] = value = value + amount
+        if self._watching:
+            self._tell_watching_locked()
         if self._waiting:
             self._wake_locked(replica, sequence)
         return replica, sequence, value
@@ -191,6 +195,19 @@ class Counter:
         for sequence, event in self._waiting.get(replica, ()):
             if sequence <= through:
                 event.set()
+
+    def wake_on_change(self, vector, event):
+        """Set a threading.Event at the next change, once; at once if `vector`, from vector(), is out of date."""
+        with self._lock:
+            if self._vector is vector:
+                self._watching.add(event)
+            else:
+                event.set()
+
+    def _tell_watching_locked(self):
+        for event in self._watching:
+            event.set()
+        self._watching = set()
 
     def _remember_locked(self, replica, sequence, accepted):
         self._accepted.setdefault(replica, {})[sequence] = accepted
@@ -201,7 +218,18 @@ class Counter:
         with self._lock:
             self._expire_locked(now)
 
+    def keys_were_loaded(self, now):
+        """Keep every key for a whole window from now on, however old it is.
+
+        The nodes of a cluster that was down for longer than the window may have taken one key at two
+        of them; only while both uses are remembered is that noticed.
+        """
+        with self._lock:
+            self._keys_loaded_at = now
+
     def _expire_locked(self, now):
+        if self._keys_loaded_at + self._key_window_s >= now:
+            return
         while self._expiry and self._expiry[0][0] + self._key_window_s < now:
             _, replica, sequence = heapq.heappop(self._expiry)
             accepted = self._accepted[replica].pop(sequence, None)  # a cancelled one is in the heap twice
@@ -342,6 +370,7 @@ class Counter:
                 entries.move_to_end(name)
         self._applied[replica] = through
         self._vector = None
+        self._tell_watching_locked()
         if requires:
             self._requires[replica] = requires
         self._wake_locked(replica, through)

@@ -340,6 +340,43 @@ def test_a_cancelled_use_of_a_key_cancels_none_itself():
     assert [counter.value("x") for counter in (first, second, third)] == [2, 2, 2]
 
 
+def test_keys_from_a_file_are_kept_for_a_whole_window():
+    """Two nodes that were down for a day took one key; each has its use from its own file."""
+    first, second = Counter(A, key_window_s=60), Counter(B, key_window_s=60)
+    for counter, replica, age_s in ((first, C, 86400.0), (second, "dddddddd-dddd-8ddd", 86390.0)):
+        counter.merge(Delta(replica, 0, 1, {"x": (1, 1)}, ((1, key_digest("k"), "x", 1, age_s),)), now=100)
+        counter.keys_were_loaded(now=100)
+        counter.expire(now=160)
+        assert counter.sizes()[1] == 1
+    sync(first, second, 160)
+    assert second.value("x") == 1
+    second.expire(now=160.1)
+    assert second.sizes()[1] == 0
+
+
+def test_an_event_is_set_at_the_next_change_once():
+    counter, event = Counter(A), threading.Event()
+    counter.wake_on_change(counter.vector(), event)
+    counter.wake_on_change(counter.vector(), event)
+    assert not event.is_set()
+    counter.increment("x")
+    assert event.is_set()
+    event.clear()
+    counter.increment("x")
+    assert not event.is_set()
+    counter.wake_on_change(counter.vector(), event)
+    counter.merge(Delta(B, 0, 1, {"x": (1, 1)}), now=0)
+    assert event.is_set()
+
+
+def test_an_event_is_set_at_once_where_something_changed_already():
+    counter, event = Counter(A), threading.Event()
+    vector = counter.vector()
+    counter.increment("x")
+    counter.wake_on_change(vector, event)
+    assert event.is_set()
+
+
 def test_a_cancellation_waits_for_both_dots_it_speaks_of():
     """Otherwise it could outlive them: their nodes may die before anybody else has heard of them."""
     first, second, third = Counter(A), Counter(B), Counter(C)
