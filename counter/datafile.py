@@ -1,0 +1,273 @@
+"""A data file: what nodes counted, on disk, in SQLite.
+
+To the rules of replication a file is one more peer: it holds of every replica an exact prefix of
+the history, and takes deltas.  So it may be of any age, a copy, or another node's; loading it
+merges its deltas, and merging is idempotent.  Reader, and the Writer of datawriter.py, know a file
+and deltas; store.py keeps a counter in a file.
+
+SQLite notices a page that cannot be, but no bit flipped inside a value.  So every row has a
+checksum of its own, and every replica the sum of those of its entries, which also shows rows that
+are missing or older than the rest.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import sqlite3
+from pathlib import Path
+from zlib import crc32
+
+from counter.state import Delta
+from counter.wire import AGE_MAX_S, checked_delta
+
+APPLICATION_ID = 0x436E7472  # "Cntr", in the header of the file
+FORMAT = 1  # SQLite's user_version
+PIECE = 500  # rows written by one statement: no other Python thread runs while their JSON is made
+LOG_SIZE = 16 * 2**20  # bytes to which SQLite cuts its log back after a large transaction
+BUSY_S = 5.0  # how long to wait for another program that has the file locked
+
+SCHEMA = (
+    "CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
+    # requires: JSON, of a cancellation only; checksum: the sum of `crc` over its entries and keys, modulo 2^32
+    "CREATE TABLE replica(number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, applied INTEGER NOT NULL,"
+    " requires TEXT, checksum INTEGER NOT NULL, crc INTEGER NOT NULL)",
+    # total has no type: it may pass 64 bits, is text then, and would be a float in an INTEGER column
+    "CREATE TABLE entry(replica INTEGER, name TEXT, sequence INTEGER, total, crc INTEGER,"
+    " PRIMARY KEY(replica, name)) WITHOUT ROWID",
+    # at: milliseconds since 1970
+    "CREATE TABLE accepted(replica INTEGER, sequence INTEGER, digest TEXT, name TEXT, amount INTEGER,"
+    " at INTEGER, crc INTEGER, PRIMARY KEY(replica, sequence)) WITHOUT ROWID",
+)
+
+
+class DataFileError(Exception):
+    """A file that cannot be used.
+
+    Its text is one line for whoever named the file, `what` the same without the name; `status` is
+    the exit status of a program that needs the file.
+    """
+
+    def __init__(self, path, what, status=1):
+        super().__init__(f"{path} {what}")
+        self.what, self.status = what, status
+
+
+def damaged(path, detail):
+    return DataFileError(path, f"is damaged: move it away; peers or a backup have the counts ({detail})")
+
+
+def lock(path):
+    """Return an open file that keeps other nodes from using the data file for as long as it is open.
+
+    It is for tidiness: two writers that keep to the rules would do no harm.
+    """
+    name = f"{os.path.realpath(path)}-lock"
+    try:
+        file = open(name, "ab")  # noqa: SIM115
+    except OSError as error:
+        raise DataFileError(path, f"cannot be used: {name}: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise DataFileError(path, "is in use by another process") from None
+    return file
+
+
+def identity(path):
+    """Return what tells a file from another that is put in its place; None if there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def exists(path):
+    """Return whether there is a data file; DataFileError if there is something else.
+
+    SQLite would take a file of one byte for an empty one, and throw away the log of an empty one.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = file.read(100)
+    except FileNotFoundError:
+        header = b""
+    except OSError as error:
+        raise DataFileError(path, f"cannot be read: {error.strerror}") from None
+    if not header:
+        log = log_of(path)
+        if _size(log):
+            raise DataFileError(path, f"is not there, but {log} is: put the file back, or move both away")
+        return False
+    if len(header) < 100 or header[:16] != b"SQLite format 3\0" or header[68:72] != APPLICATION_ID.to_bytes(4, "big"):
+        raise DataFileError(path, "is not a data file of a counter node, or its beginning is damaged")
+    return True
+
+
+def log_of(path):
+    return f"{os.path.realpath(path)}-wal"
+
+
+def _size(path):
+    try:
+        return os.path.getsize(path)
+    except FileNotFoundError:
+        return 0
+
+
+def connect(path, options):
+    uri = f"{Path(os.path.realpath(path)).as_uri()}?{options}"
+    db = sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+    try:
+        db.execute("SELECT count(*) FROM sqlite_master").fetchone()  # it is opened only now
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def check(db, path, cluster):
+    """Raise DataFileError unless this is a data file of that cluster; None is any."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version > FORMAT:
+        raise DataFileError(path, f"has format {version}, of a newer version; this one knows {FORMAT}", status=2)
+    found = sorted(sql for (sql,) in db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"))
+    if version != FORMAT or found != sorted(SCHEMA):
+        raise damaged(path, "its tables are not as they were made")
+    (row,) = db.execute("SELECT value FROM meta WHERE key = 'cluster'").fetchall() or [(None,)]
+    if cluster is not None and row[0] != cluster:
+        raise DataFileError(path, f"is of the cluster {row[0]!r}, not of {cluster!r} (--cluster)", status=2)
+    return row[0]
+
+
+# The checksums of rows.  `seed` is of the replica: its id is a part of what is summed up.
+
+
+def seed_crc(id):
+    return crc32(id.encode())
+
+
+def replica_crc(id, applied, requires, checksum):
+    return crc32(f"{id} {applied} {requires or ''} {checksum}".encode())
+
+
+def entry_crc(seed, name, sequence, total):
+    return crc32(f"{name} {sequence} {total}".encode(), seed)
+
+
+def key_crc(seed, sequence, digest, name, amount, at):
+    return crc32(f"{sequence} {digest} {name} {amount} {at}".encode(), seed)
+
+
+def create(path, cluster):
+    """Make an empty data file; a crash leaves all of it, or none."""
+    path = os.path.realpath(path)
+    new = f"{path}-new"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(new)
+    db = sqlite3.connect(new, isolation_level=None)
+    with contextlib.closing(db):
+        db.execute("BEGIN")
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {FORMAT}")
+        for statement in SCHEMA:
+            db.execute(statement)
+        db.execute("INSERT INTO meta VALUES ('cluster', ?)", (cluster,))
+        db.execute("COMMIT")
+    os.replace(new, path)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class Reader:
+    """A data file as it was at one moment; a node may write to it meanwhile.
+
+    Raises DataFileError for a file that is not whole, or of another cluster.
+    """
+
+    def __init__(self, path, cluster=None):
+        self._path = path
+        with self._refusals():
+            try:
+                self._db = connect(path, "mode=ro")
+            except sqlite3.OperationalError:
+                # Without room or the right to write beside it, it can be read as long as it has no log.
+                if _size(log_of(path)):
+                    raise
+                self._db = connect(path, "immutable=1")
+            try:
+                self._db.execute("BEGIN")
+                self.cluster = check(self._db, path, cluster)
+                (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+                if found != "ok":
+                    raise damaged(path, " ".join(found.split()))
+                (self.entries,) = self._db.execute("SELECT count(*) FROM entry").fetchone()
+            except BaseException:
+                self._db.close()
+                raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._db.close()
+
+    @contextlib.contextmanager
+    def _refusals(self):
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise DataFileError(self._path, f"cannot be read: {error}") from None
+        except (sqlite3.DatabaseError, ValueError, TypeError, AttributeError) as error:
+            raise damaged(self._path, error) from None
+
+    def deltas(self, wall):
+        """Yield everything in the file, a Delta for each replica, cancellations last.
+
+        `wall` is the present time in seconds since 1970, from which the ages of keys are made.
+        """
+        with self._refusals():
+            replicas = self._db.execute(
+                "SELECT number, id, applied, requires, checksum, crc FROM replica ORDER BY requires IS NOT NULL, number"
+            ).fetchall()
+        for number, id, applied, requires, checksum, crc in replicas:
+            with self._refusals():
+                if crc != replica_crc(id, applied, requires, checksum):
+                    raise ValueError(f"replica {id!r}")
+                totals, entries_sum = self._totals(number, id)
+                keys, keys_sum = self._keys(number, id, wall)
+                if (entries_sum + keys_sum) % 2**32 != checksum:
+                    raise ValueError(f"entries or keys of replica {id!r}")
+                delta = checked_delta(Delta(id, 0, applied, totals, keys, json.loads(requires or "[]")))
+            yield delta
+
+    def _totals(self, number, id):
+        """Return {name: (sequence, total)} of a replica, and the sum of the checksums."""
+        totals, seed, sum = {}, seed_crc(id), 0
+        for name, sequence, total, crc in self._db.execute(
+            "SELECT name, sequence, total, crc FROM entry WHERE replica = ?", (number,)
+        ):
+            if crc != entry_crc(seed, name, sequence, total):
+                raise ValueError(f"entry {name!r} of replica {id!r}")
+            totals[name] = sequence, int(total)
+            sum += crc
+        return totals, sum
+
+    def _keys(self, number, id, wall):
+        """Return the keys of a replica, as those of a Delta, and the sum of the checksums."""
+        keys, seed, sum = [], seed_crc(id), 0
+        for sequence, digest, name, amount, at, crc in self._db.execute(
+            "SELECT sequence, digest, name, amount, at, crc FROM accepted WHERE replica = ?", (number,)
+        ):
+            if crc != key_crc(seed, sequence, digest, name, amount, at):
+                raise ValueError(f"key {sequence!r} of replica {id!r}")
+            # A clock may have been set since; a file that was made in 1970 is no reason to refuse it.
+            age_s = min(max(0.0, round(wall - at / 1000, 3)), AGE_MAX_S / 2)
+            keys.append((sequence, digest, name, amount, age_s))
+            sum += crc
+        return keys, sum
