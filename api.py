@@ -28,10 +28,10 @@ from counter import (
     parameters,
     wire,
 )
-from counter.addresses import join_address
 from counter.http1 import Refused, unavailable
 from counter.serving import STOPPING
 from counter.wire import same_signature
+from replication import WrongSignature
 
 BODY_MAX = 64 * 1024  # bytes of a public request's body
 READ, ADD = "GET /count[/NAME] reads a counter", "POST /increment[/NAME] adds to a counter"
@@ -321,23 +321,19 @@ class Api:
 
     def _message(self, head):
         http1.parse_query(head.query, ())
-        signature, signer = head.headers.get(wire.SIGNATURE.lower(), ""), self._signer
+        signature = head.headers.get(wire.SIGNATURE.lower(), "")
 
         @action()
         def receive(body, connection):
-            if not same_signature(signature, signer.request(body)):
-                raise _wrong_signature()
             try:
-                message = wire.decode(body)
+                reply = self._replicator.receive(signature, body, connection.local_host)
+            except WrongSignature:
+                raise _wrong_signature() from None
             except ValueError as error:
                 raise Refused(400, str(error)) from None
-            if self._table.address is None and message.sender.id != self._counter.replica:
-                self._table.advertise(join_address(connection.local_host(), self._server.server_address[1]))
-            answer = self._gossip.receive(message, time.monotonic())
-            self._server.recognise_peer(connection)
-            deltas, answer = len(answer.deltas), wire.encode(answer)
-            self._replicator.traffic.add(deltas=deltas, bytes_received=len(body), bytes_sent=len(answer))
-            return http1.response(200, answer, headers=[(wire.SIGNATURE, signer.answer(signature, answer))])
+            if reply.taken:
+                self._server.recognise_peer(connection)
+            return http1.response(200, reply.body, headers=[(wire.SIGNATURE, reply.signature)])
 
         return receive
 

@@ -7,6 +7,7 @@ import logging
 import random
 import threading
 
+from counter.binding import Numbers
 from counter.state import APPLIED, GAP, NEEDS, SEQUENCE_MAX
 from counter.wire import Message, View, lacks, vector_hash
 from peers import LOST, NEVER, log_changes
@@ -50,6 +51,7 @@ class _Link:
         self.peer = None  # the replica id that answered last
         self.confirmed = None  # the vector it last confirmed, never changed in place; None: unknown
         self.agreed = agreed  # the vectors were equal when they were last compared, or most likely are
+        self.introduced = False  # the latest answer only said who answers here, so the next must say more
         self.told_leaving = False  # it has answered a message that said this node is leaving
         self.session = None  # with `prepared`, the request that is sent over it with ever new bodies
         self.prepared = None
@@ -87,6 +89,8 @@ class Gossip:
         self._in_flight = {}  # the links that a message is on its way over, as an ordered set
         self._pushed = {}  # the links that increments are pushed to at once, as an ordered set
         self._agreed = False  # the vectors of this node and another were equal at the last comparison
+        self._number = 0  # of the latest request
+        self._numbers = Numbers()  # of the requests that came; it has a lock of its own
         self._hashed = (None, None)  # a vector and its hash, the last one that was needed
         # A worker waits, and an increment now would make a push due that it does not wait for.  Whoever
         # counts reads this without the lock.
@@ -264,18 +268,25 @@ class Gossip:
     def request(self, link, now):
         """Return the Message to send over a link in flight; None if there is nothing to say."""
         vector, replica = self._counter.vector(), self._counter.replica
+        to = link.peer or self._table.id_at(link.address)
         with self._lock:
+            self._number += 1
+            number = self._number
             known, agreed = link.confirmed, link.agreed
             failing = link.failures > 0
             compare = link.compare or failing or known is None
+        if to is None:  # it is asked who it is, and told nothing else
+            return Message(self._table.sender(), NO_VIEW, None, None, None, [], number=number)
         if compare:
             sender, view = self._table.describe()
             # After a failure it is enough to find out what the peer holds: it may have arrived.
             deltas = self._counter.deltas(known, DELTAS_MAX, now) if known is not None and not failing else []
             hash = self._hash(vector) if agreed and len(vector) > VECTOR_SHORT else None
-            return Message(sender, view, vector, hash, None, deltas)
+            return Message(sender, view, vector, hash, None, deltas, to=to, number=number)
         delta = self._counter.delta(replica, known.get(replica, 0), now)
-        return Message(self._table.sender(), NO_VIEW, None, None, None, [delta]) if delta else None
+        if not delta:
+            return None
+        return Message(self._table.sender(), NO_VIEW, None, None, None, [delta], to=to, number=number)
 
     def _hash(self, vector):
         """Return the hash of a vector of this node; most often that of the last time."""
@@ -288,8 +299,13 @@ class Gossip:
     def answered(self, link, request, answer, now):
         """Take in the answer to a request that was sent over a link; the link is free again.
 
-        Raises ValueError if it does not answer the request, and then has changed nothing.
+        Raises ValueError if it does not answer the request, and then the link is not free yet.
         """
+        if answer.number is not None:
+            self._introduced(link, answer, now)
+            return
+        if request.to is None:
+            raise ValueError("the answer to who is there does not say it")
         if request.applied is not None and answer.applied is None and answer.hash is None:
             raise ValueError("the answer to a heartbeat lacks a vector")
         contact, changes = self._table.heard(answer.sender, answer.view, now, answered_at=link.address)
@@ -308,11 +324,27 @@ class Gossip:
             self._release_locked(link)
             if link.peer != replica:
                 progressed = merged or link.confirmed != before or request.hash is not None
-                self._follow_up_locked(link, request, before, mine, progressed, now)
+                self._follow_up_locked(link, request, answer, before, mine, progressed, now)
             self._confirming.notify_all()
         if recovered:
             log.info("recovered: addr=%s", link.address)
         self._membership_changed(contact, changes, now)
+
+    def _introduced(self, link, answer, now):
+        """Take note of who answers at an address: a request was for another process, or its number was not new."""
+        contact, changes = self._table.heard(answer.sender, NO_VIEW, now, answered_at=link.address)
+        with self._lock:
+            self._number = max(self._number, answer.number)
+            if link.peer != answer.sender.id:
+                link.peer, link.confirmed = answer.sender.id, None
+            again = link.introduced
+            if not again:
+                self._release_locked(link)
+                link.introduced = True
+                self._schedule_locked(link, now)
+        self._membership_changed(contact, changes, now)
+        if again:
+            raise ValueError("it takes nothing that is addressed to it")
 
     @staticmethod
     def _confirmed(before, request, answer):
@@ -323,11 +355,11 @@ class Gossip:
             return answer.applied
         return before if before is None else {**before, **(answer.confirms or {})}
 
-    def _follow_up_locked(self, link, request, before, mine, progressed, now):
+    def _follow_up_locked(self, link, request, answer, before, mine, progressed, now):
         """Compare vectors again where an answer showed that one side still lacks something."""
         own, confirmed, compared = request.sender.id, link.confirmed, request.applied is not None
         sent = max((delta.through for delta in request.deltas if delta.replica == own), default=0)
-        if confirmed is None:
+        if confirmed is None or (answer.refused and not compared):
             again = True
         elif confirmed.get(own, 0) < sent:  # it did not take what this node counted
             again = not compared
@@ -365,14 +397,24 @@ class Gossip:
             log.info("recovered: addr=%s", link.address)
 
     def _release_locked(self, link):
-        link.in_flight = False
+        link.in_flight = link.introduced = False
         self._in_flight.pop(link, None)
         self._due.notify()  # it may be due again, and another may have waited for its end
 
     # What others send.
 
-    def receive(self, message, now):
-        """Take in what a peer sent by itself; return the answer to it, a Message."""
+    def receive(self, message, now, reached_at=None):
+        """Take in what a peer sent by itself; return the answer to it, a Message.
+
+        `reached_at` is the address of this node that it came to, if it is not known yet which to tell
+        peers.  A message for another process, or with a number that came before, may be a recording:
+        it is answered with who this is, and changes nothing.
+        """
+        id, replica = message.sender.id, self._counter.replica
+        if message.to != replica or message.number is None or not self._numbers.take(id, message.number):
+            return Message(self._table.sender(), NO_VIEW, None, None, None, [], number=self._numbers.latest(id))
+        if reached_at and id != replica:
+            self._table.advertise(reached_at)
         contact, changes = self._table.heard(message.sender, message.view, now)
         results = self._merge(message, now)
         mine = self._counter.vector()
@@ -380,9 +422,9 @@ class Gossip:
             link = self._links.get(message.sender.address)
             if link and (message.applied is not None or message.hash is not None):
                 link.retry_at = -NEVER  # whoever sends heartbeats can be reached again, most likely
-            if message.applied is not None and message.sender.id != self._counter.replica:
+            if message.applied is not None and id != replica:
                 self._caught_up = self._caught_up or not lacks(mine, message.applied)
-                if link and link.peer == message.sender.id:
+                if link and link.peer == id:
                     self._wake_locked(link.confirmed, message.applied)
                     link.confirmed = message.applied
                     self._confirming.notify_all()
@@ -393,7 +435,7 @@ class Gossip:
         refused = {replica: result for replica, result in results.items() if result in (GAP, NEEDS)}
         if message.applied is not None:
             # What it counts itself it knows best.
-            known = {**message.applied, message.sender.id: SEQUENCE_MAX}
+            known = {**message.applied, id: SEQUENCE_MAX}
             deltas, agreed = self._counter.deltas(known, DELTAS_MAX, now), message.applied == mine
         elif message.hash is not None:
             deltas, agreed = [], message.hash == self._hash(mine)

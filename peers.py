@@ -183,6 +183,11 @@ class PeerTable:
         self._shown = start + VIEW_MAX - len(met)
         return met + self._news[start : self._shown]
 
+    def id_at(self, address):
+        """Return the id that answers at an address, or most likely does; None if none is known there."""
+        with self._lock:
+            return self._answered.get(address) or next(iter(self._ids_at.get(address, ())), None)
+
     def active(self):
         """Return [(id, address)] of the active peers."""
         with self._lock:

@@ -1,10 +1,10 @@
-"""Getting what one node counts to all others.
+"""Getting what one node counts to all others: sending messages, and receiving them.
 
     Replicator.wake()  an increment was accepted ──▶ Gossip: which peers are due
     Heartbeat          whom to contact           ──▶        │ next_link()
                                                             ▼
-    a worker thread    request() ─▶ POST /internal/gossip ─▶ receive() at the other node
-                       answered() or failed()    ◀───────── its answer
+    a worker thread    Gossip.request() ─▶ POST /internal/gossip ─▶ Replicator.receive() at the other node
+                       answered() or failed()  ◀─── its answer ───  Gossip.receive()
 
 Gossip decides and is pure: it knows neither sockets nor threads, and what depends on time takes
 `now`.  Replicator is the retry worker pool around it, sending through requests sessions.
@@ -19,6 +19,7 @@ import logging
 import socket
 import threading
 import time
+from collections import namedtuple
 
 import requests
 import urllib3
@@ -42,6 +43,14 @@ QUICK_TRIES = urllib3.util.Retry(
 )  # fmt: skip
 
 
+# What to send in answer to a message; `taken` if that was for this process, and new.
+Reply = namedtuple("Reply", "body signature taken")
+
+
+class WrongSignature(Exception):
+    """A message does not come from a node of this cluster, or not as it was sent."""
+
+
 class Traffic:
     """How much was said to peers and heard from them since the start.  Threads may call anything."""
 
@@ -62,7 +71,11 @@ class Traffic:
 
 
 class Replicator:
-    """The retry worker pool: threads that send what Gossip says, each to one peer at a time."""
+    """Sends what Gossip says, and hands it what others send.
+
+    Sending is done by the retry worker pool: threads, each of which sends to one peer at a time.
+    Receiving is done in the thread that calls, which may be any.
+    """
 
     def __init__(self, gossip, table, signer, port, workers, peer_timeout_s, clock=time.monotonic):
         self._gossip, self._table, self._signer, self._port, self._clock = gossip, table, signer, port, clock
@@ -86,6 +99,21 @@ class Replicator:
     def contact(self, addresses, seeds):
         """Send heartbeats to addresses and look up seeds: what a sweep asks for."""
         self._gossip.swept(addresses, seeds, self._clock())
+
+    def receive(self, signature, body, local_host):
+        """Take in a message that a peer sent to this node, and return the Reply.
+
+        `local_host()` is the address of this machine that it came to.  Raises WrongSignature, and
+        ValueError if it is no message; then nothing has changed.
+        """
+        if not same_signature(signature, self._signer.request(body)):
+            raise WrongSignature
+        message, size = decode(body), len(body)
+        reached_at = None if self._table.address else join_address(local_host(), self._port)
+        answer = self._gossip.receive(message, self._clock(), reached_at)
+        body = encode(answer)
+        self.traffic.add(deltas=len(answer.deltas), bytes_received=size, bytes_sent=len(body))
+        return Reply(body, self._signer.answer(signature, body), answer.number is None)
 
     def stop(self, timeout_s):
         """Ask the threads to end, wait for them, and return whether all did."""

@@ -142,7 +142,10 @@ class Network:
         def answered(answer):
             if timeout[-1] is not None:
                 timeout[-1] = None
-                sender.gossip.answered(link, request, self._receive(answer), self.now)
+                try:
+                    sender.gossip.answered(link, request, self._receive(answer), self.now)
+                except ValueError as error:
+                    sender.gossip.failed(link, error, self.now)
 
         def arrive(receiver):
             answer = self._send(receiver.gossip.receive(self._receive(sent), self.now))

@@ -25,7 +25,7 @@ LENGTH_SIGNATURE = "Counter-Length-Signature"
 BODY_UNPROVEN = 64 * 1024
 BODY_MAX = 256 * 2**20  # bytes of a message; a single replica's delta with a million keys needs them
 PIECE = 2000  # entries encoded at a time, in 2 ms; 100,000 at once stopped all threads for 80 ms
-BEAT_MAX = 2**53
+BEAT_MAX = NUMBER_MAX = 2**53
 AGE_MAX_S = 1e9
 _DIGEST = re.compile("[0-9a-f]{32}\\Z")
 _WORD = re.compile("[!-~]{1,64}\\Z")
@@ -36,8 +36,13 @@ View = namedtuple("View", "peers left")  # peers: [(id, address, beat)], left: [
 # A request or its answer.  `applied` is the complete vector of the sender; where there is a
 # `hash`, that alone travels for it; a mere push has neither, and no view.  Two parts answer
 # deltas: `confirms` has the sequences through which their replicas are held now, and
-# `refused` is {replica: why}, GAP or NEEDS.  `v` is 0 from nodes before 1.1.
-Message = namedtuple("Message", "sender view applied hash confirms deltas refused v", defaults=({}, VERSION))
+# `refused` is {replica: why}, GAP or NEEDS.  A request is for the process with the id `to`, and has a
+# greater `number` with every request of its sender.  In an answer a number means that the request was not
+# taken, as it was for another process, or is not new: the next is to have a greater number.  `v` is 0 from
+# nodes before 1.1.
+Message = namedtuple(
+    "Message", "sender view applied hash confirms deltas refused to number v", defaults=({}, None, None, VERSION)
+)
 
 
 class Signer:
@@ -84,8 +89,12 @@ def lacks(vector, other):
 
 def encode(message):
     """Return a Message as the bytes of its JSON."""
-    sender, view, applied, hash, confirms, deltas, refused, v = message
+    sender, view, applied, hash, confirms, deltas, refused, to, number, v = message
     fields = {"v": v, "from": sender._asdict()}
+    if to is not None:
+        fields["to"] = to
+    if number is not None:
+        fields["n"] = number
     if hash is not None:
         fields.update(view=view._asdict(), hash=hash)
     elif applied is not None:
@@ -126,7 +135,8 @@ def decode(body):
         view = _known(View, fields["view"]) if "view" in fields else View([], [])
         deltas = [_known(Delta, delta) for delta in _list(fields.get("deltas", []))]
         vectors = map(fields.get, ("applied", "hash", "confirms"))
-        return _checked(Message(sender, view, *vectors, deltas, fields.get("refused", {}), fields.get("v", 0)))
+        to, number, v = fields.get("to"), fields.get("n"), fields.get("v", 0)
+        return _checked(Message(sender, view, *vectors, deltas, fields.get("refused", {}), to, number, v))
     except (TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
         raise ValueError(f"not a gossip message: {error}") from None
 
@@ -152,7 +162,9 @@ def _is_int(value, least, most):
 
 def _checked(message):
     """Return the message with its parts in their types, once all they claim is possible."""
-    sender, view, applied, hash, confirms, deltas, refused, v = message
+    sender, view, applied, hash, confirms, deltas, refused, to, number, v = message
+    _require(to is None or REPLICA.match(to), "whom it is for")
+    _require(number is None or _is_int(number, 0, NUMBER_MAX), "a number")
     _require(_is_int(v, 0, SEQUENCE_MAX), "a version")
     _require(REPLICA.match(sender.id) and type(sender.leaving) is bool, "its sender")
     _require(_is_int(sender.beat, 0, BEAT_MAX), "a beat")
@@ -167,7 +179,7 @@ def _checked(message):
     _require(hash is None or type(hash) is str, "a hash")
     _require(all(REPLICA.match(replica) and _WORD.match(why) for replica, why in refused.items()), "a refusal")
     deltas = [checked_delta(delta) for delta in deltas]
-    return Message(sender, View(peers, view.left), applied, hash, confirms, deltas, refused, v)
+    return Message(sender, View(peers, view.left), applied, hash, confirms, deltas, refused, to, number, v)
 
 
 def checked_delta(delta):

@@ -83,7 +83,9 @@ class Client:
 
 def gossip_request(node, *deltas):
     """Return the bytes with which a peer that nobody can dial pushes those deltas."""
-    body = wire.encode(Message(Sender(new_replica(), None, 1, False), None, None, None, None, list(deltas)))
+    sender = Sender(new_replica(), None, 1, False)
+    message = Message(sender, None, None, None, None, list(deltas), to=node.counter.replica, number=1)
+    body = wire.encode(message)
     signature = node.signer.request(body)
     signatures = {
         wire.SIGNATURE: signature,

@@ -89,8 +89,8 @@ class ProxiedRequest(BaseHTTPRequestHandler):
         copies = 2 if network.rng.random() < network.repeat else 1
         if network.recording:
             network.recorded.append((self.headers["Counter-Signature"], body))
-        for _ in range(copies):
-            status, headers, answer = self._forward(network.nodes[to].port, self._damaged(body))
+        replies = [self._forward(network.nodes[to].port, self._damaged(body)) for _ in range(copies)]
+        status, headers, answer = replies[0]  # to the second copy a node only answers who it is
         network.over.wait(network.rng.uniform(0, network.delay_s))
         if (to, sender) in network.cut:
             self.close_connection = True

@@ -1,5 +1,6 @@
 """Nodes without threads and sockets, for tests: what they decide, and the messages they exchange."""
 
+import itertools
 import random
 
 from counter import REPLICA, Counter
@@ -21,25 +22,42 @@ class Half:
         self.counter = Counter(replica)
         self.table = PeerTable(replica, address, [], 1.0, 5.0, 8, rng)
         self.gossip = Gossip(self.counter, self.table, 0.1, 10.0, pushed_to, doubtful_max, rng)
+        self._numbers = itertools.count(1)
 
     def meet(self, address=AT_A, id=A, applied=None, now=0.0):
-        """Have a peer answer a first heartbeat with this vector."""
+        """Have a peer answer a first heartbeat with this vector, once it has been asked who it is."""
         self.gossip.swept([address], [], now)
         link = self.gossip.take(now)
-        request = self.gossip.request(link, 0.0)
+        request = self.gossip.request(link, now)
+        if request.to is None:
+            self.gossip.answered(link, request, introduction(id, address), now)
+            assert self.gossip.take(now) is link
+            request = self.gossip.request(link, now)
         self.gossip.answered(link, request, answer(applied or {}, id, address), now)
         return link
+
+    def hear(self, message, now=0.0):
+        """Receive a message as one that is for this node, and new; return the answer."""
+        return self.gossip.receive(message._replace(to=self.counter.replica, number=next(self._numbers)), now)
 
 
 def answer(applied=None, id=A, address=AT_A, hash=None, confirms=None, deltas=()):
     return Message(Sender(id, address, 1, False), NOBODY, applied, hash, confirms, list(deltas))
 
 
+def introduction(id=A, address=AT_A, number=0):
+    """Return the answer to a message that was for another process, or not new."""
+    return answer(None, id, address)._replace(number=number)
+
+
 def talk(sender, receiver, link, now):
-    """Carry one exchange between two halves."""
-    request = sender.gossip.request(link, 0.0)
+    """Carry one exchange between two halves, after the question who the receiver is, if the sender has to ask."""
+    request = sender.gossip.request(link, now)
     reply = receiver.gossip.receive(decode(encode(request)), now)
     sender.gossip.answered(link, request, decode(encode(reply)), now)
+    if reply.number is not None:
+        assert sender.gossip.take(now) is link
+        talk(sender, receiver, link, now)
 
 
 def with_more(value):

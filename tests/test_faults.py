@@ -26,6 +26,14 @@ def bad_network():
         network.close()
 
 
+@pytest.fixture
+def secret_file(tmp_path):
+    path = tmp_path / "secret"
+    path.write_text("open sesame\n")
+    path.chmod(0o600)
+    return path
+
+
 def start_all(network, *arguments):
     for position in range(len(network.nodes)):
         network.start(position, *arguments)
@@ -97,7 +105,15 @@ def test_what_a_killed_node_told_a_single_other_reaches_the_rest(bad_network):
     wait_until(lambda: third.count() == 20)
 
 
-def test_replayed_messages_count_nothing_and_damaged_ones_are_refused(bad_network):
+def replay(node, recorded):
+    """Send messages again that were recorded on their way; return the statuses of the answers."""
+    return {
+        node.ask("POST", "/internal/gossip", body, {"Counter-Signature": signature}).status
+        for signature, body in recorded
+    }
+
+
+def test_recorded_messages_count_nothing_and_damaged_ones_are_refused(bad_network):
     """Whoever records messages can neither count again with them, nor alter one."""
     network = bad_network(2)
     first, second = start_all(network)
@@ -108,18 +124,39 @@ def test_replayed_messages_count_nothing_and_damaged_ones_are_refused(bad_networ
     wait_until(lambda: any(b'"deltas"' in body for _, body in network.recorded))
     network.recording = False
     signature, body = max(network.recorded, key=lambda message: b'"deltas"' in message[1])
-
-    def send(body, signature):
-        return second.ask("POST", "/internal/gossip", body, {"Counter-Signature": signature}).status
-
     recorded = list(network.recorded)
-    assert {send(body, signature) for signature, body in recorded * (200 // len(recorded) + 1)} == {200}
+    assert replay(second, recorded * (200 // len(recorded) + 1)) == {200}
     for position in range(0, len(body), 3):
         damaged = bytearray(body)
         damaged[position] ^= 1
-        assert send(bytes(damaged), signature) == 401
-    assert send(body, "") == send(body, "ä") == send(body[:-1], signature) == 401
+        assert replay(second, [(signature, bytes(damaged))]) == {401}
+    assert replay(second, [("", body), ("ä", body), (signature, body[:-1])]) == {401}
     assert (first.count("x"), second.count("x")) == (210, 210)
+
+
+def test_recorded_messages_are_worth_nothing_anywhere(bad_network, start_node, secret_file):
+    """Neither after all nodes were restarted, nor in another cluster of that name and secret; nor are
+    those who send them served as peers."""
+    network = bad_network(3)
+    nodes = start_all(network, "--secret-file", secret_file)
+    network.recording = True
+    for number in range(30):
+        nodes[number % 3].increment("/increment/x?amount=57")
+        wait_until(lambda number=number: nodes[(number + 1) % 3].count("x") == 57 * (number + 1))
+    wait_until(lambda: {node.count("x") for node in nodes} == {1710})
+    network.recording = False
+    for node in nodes:
+        node.kill()
+    nodes = start_all(network, "--secret-file", secret_file)
+    other = start_node("--secret-file", secret_file)
+    nodes[0].increment("/increment/x?amount=5")
+    wait_until(lambda: {node.count("x") for node in nodes} == {5})
+    known = [node.peers() | node.peers("lost") for node in [*nodes, other]]
+    for node in [*nodes, other]:
+        assert replay(node, network.recorded) == {200}
+    assert [node.count("x") for node in [*nodes, other]] == [5, 5, 5, 0]
+    assert [node.peers() | node.peers("lost") for node in [*nodes, other]] == known
+    assert 'counter_connections{kind="peer"} 0' in other.ask("GET", "/metrics").body.decode()
 
 
 def test_clients_that_dribble_or_send_nonsense_disturb_nobody(start_node):
@@ -212,14 +249,6 @@ def test_no_acknowledged_increment_is_lost_in_a_rolling_restart(start_cluster, s
     wait_until(lambda: len({node.count() for node in nodes}) == 1)
     assert len(acknowledged) > 100
     assert len(acknowledged) <= nodes[0].count() <= len(acknowledged) + len(uncertain)
-
-
-@pytest.fixture
-def secret_file(tmp_path):
-    path = tmp_path / "secret"
-    path.write_text("open sesame\n")
-    path.chmod(0o600)
-    return path
 
 
 def test_nodes_with_the_same_secret_form_a_cluster(start_cluster, secret_file):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from conftest import wait_until
-from halves import A_SENDS, AT_A, AT_B, AT_ME, ME, NOBODY, A, B, C, Half, answer, talk
+from halves import A_SENDS, AT_A, AT_B, AT_ME, ME, NOBODY, A, B, C, Half, answer, introduction, talk
 
 import gossip
 from counter import APPLIED, GAP, NEEDS, Delta
@@ -56,7 +56,7 @@ def test_a_push_that_a_heartbeat_of_the_peer_made_needless_is_not_sent():
     node = Half()
     link = node.meet()
     node.counter.increment("x")
-    node.gossip.receive(Message(A_SENDS._replace(beat=2), NOBODY, {ME: 1}, None, None, []), 1.0)
+    node.hear(Message(A_SENDS._replace(beat=2), NOBODY, {ME: 1}, None, None, []), 1.0)
     assert node.gossip.take(1.0) is None
     assert node.gossip.next_due(1.0) == gossip.NEVER
     node.counter.increment("x")
@@ -67,7 +67,7 @@ def test_an_increment_counted_while_nobody_was_there_delays_no_later_one():
     """A peer that joins by calling is pushed to at once, not from the next heartbeat on."""
     node = Half()
     node.counter.increment("x")
-    node.gossip.receive(Message(A_SENDS, NOBODY, {}, None, None, []), 1.0)
+    node.hear(Message(A_SENDS, NOBODY, {}, None, None, []), 1.0)
     node.counter.increment("x")
     assert node.gossip.take(1.0).address == AT_A
 
@@ -79,7 +79,7 @@ def test_an_answer_overtaken_by_a_heartbeat_of_the_peer_is_no_failure():
     node.counter.increment("x")
     assert node.gossip.take(1.0) is link
     request = node.gossip.request(link, 1.0)
-    node.gossip.receive(Message(A_SENDS._replace(beat=2), NOBODY, {ME: 1}, None, None, []), 1.0)
+    node.hear(Message(A_SENDS._replace(beat=2), NOBODY, {ME: 1}, None, None, []), 1.0)
     node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.0)
     node.counter.increment("x")
     assert link.failures == 0
@@ -267,7 +267,7 @@ def test_a_peer_that_takes_nothing_does_not_make_the_node_spin():
     """Without news the next heartbeat is soon enough, even for a peer that refuses what it lacks."""
     node = Half()
     node.counter.merge(Delta(B, 0, 2, {"x": (2, 9)}), 0)
-    node.gossip.contact([AT_A], 0.0)
+    node.meet()
     sends = 0
     while link := node.gossip.take(float(sends)):
         node.gossip.answered(link, node.gossip.request(link, 0.0), answer({}), float(sends))
@@ -289,7 +289,7 @@ def test_a_peer_that_answers_but_takes_nothing_is_asked_what_it_holds_and_then_l
             sends.append((now, request.applied is not None))
             node.gossip.answered(link, request, answer({} if request.applied else None, confirms={}), now)
     assert sends == [(1.0, False), (1.1, True), (100.0, True)]
-    node.gossip.receive(Message(A_SENDS._replace(beat=2), NOBODY, {}, None, None, []), 101.0)
+    node.hear(Message(A_SENDS._replace(beat=2), NOBODY, {}, None, None, []), 101.0)
     assert node.gossip.take(101.0) is link
 
 
@@ -317,7 +317,7 @@ def test_a_peer_that_cannot_be_dialled_is_dialled_once_a_heartbeat_at_most():
     for step in range(100):
         now = 1 + step / 100
         message = Message(Sender(A, AT_A, step + 2, False), NOBODY, None, None, None, [])
-        node.gossip.receive(message._replace(applied={}) if step % 50 == 0 else message, now)
+        node.hear(message._replace(applied={}) if step % 50 == 0 else message, now)
         node.counter.increment("x")
         while node.gossip.take(now):
             tries += 1
@@ -375,14 +375,14 @@ def test_a_message_from_a_peer_ends_its_backoff():
     node.gossip.take(1.0)
     for _ in range(20):
         node.gossip.failed(link, OSError("down"), 1.0)
-    node.gossip.receive(Message(Sender(B, AT_A, 1, False), NOBODY, {}, None, None, []), 1.0)
+    node.hear(Message(Sender(B, AT_A, 1, False), NOBODY, {}, None, None, []), 1.0)
     assert node.gossip.take(1.0) is link
 
 
 def test_a_cloned_node_finds_a_new_id(caplog):
     node = Half()
     node.counter.increment("x")
-    node.gossip.receive(Message(A_SENDS, NOBODY, {ME: 2}, None, None, []), 0.0)
+    node.hear(Message(A_SENDS, NOBODY, {ME: 2}, None, None, []), 0.0)
     assert node.counter.replica != ME
     assert node.table.describe()[0].id == node.counter.replica
     assert "cloned" in caplog.text
@@ -418,7 +418,7 @@ def test_a_node_that_takes_more_than_it_sent_for_its_own_is_cloned(caplog):
 def test_a_node_under_whose_id_another_left_finds_a_new_one(caplog):
     """Nobody would list it any more."""
     node = Half()
-    node.gossip.receive(Message(A_SENDS, View([], [ME]), {}, None, None, []), 0.0)
+    node.hear(Message(A_SENDS, View([], [ME]), {}, None, None, []), 0.0)
     assert node.counter.replica != ME
     assert node.table.describe()[0].id == node.counter.replica
     assert "cloned" in caplog.text
@@ -428,7 +428,7 @@ def test_a_node_that_leaves_hears_that_it_leaves():
     """And so nothing new."""
     node = Half()
     node.table.leave()
-    node.gossip.receive(Message(A_SENDS, View([], [ME]), {}, None, None, []), 0.0)
+    node.hear(Message(A_SENDS, View([], [ME]), {}, None, None, []), 0.0)
     assert node.counter.replica == ME
 
 
@@ -499,6 +499,121 @@ def test_draining_gives_up_after_its_timeout():
     assert not node.gossip.drain(time.monotonic, 0.01)
 
 
+# Messages are for one process, and once.
+
+
+def test_a_first_contact_asks_who_is_there_and_tells_nothing():
+    node, peer = Half(), Half(A, AT_A)
+    node.counter.increment("x")
+    node.gossip.contact([AT_A], 0.0)
+    link = node.gossip.take(0.0)
+    question = node.gossip.request(link, 0.0)
+    assert question == Message(node.table.sender(), NOBODY, None, None, None, [], number=question.number)
+    reply = peer.gossip.receive(question, 0.0)
+    assert reply == Message(peer.table.sender(), NOBODY, None, None, None, [], number=0)
+    assert peer.table.snapshot(0.0) == []
+    node.gossip.answered(link, question, reply, 0.0)
+    assert node.gossip.take(0.0) is link
+    request = node.gossip.request(link, 0.0)
+    assert (request.to, request.applied) == (A, {ME: 1})
+    assert request.number > question.number
+
+
+def test_who_is_known_from_others_is_not_asked():
+    """In a large cluster most are contacted for the first time again and again."""
+    node = Half()
+    node.hear(Message(A_SENDS, View([(B, AT_B, 1)], []), {}, None, None, []))
+    node.gossip.swept([AT_A, AT_B], [], 0.0)
+    links = [node.gossip.take(0.0) for _ in range(2)]
+    assert {link.address: node.gossip.request(link, 0.0).to for link in links} == {AT_A: A, AT_B: B}
+
+
+def test_each_message_has_a_greater_number():
+    node, numbers = Half(), []
+    node.meet()
+    for now in (1.0, 2.0, 3.0):
+        node.gossip.swept([AT_A, AT_B], [], now)
+        for _ in range(2):
+            link = node.gossip.take(now)
+            numbers.append(node.gossip.request(link, now).number)
+            node.gossip.failed(link, OSError("down"), now)
+    assert sorted(set(numbers)) == numbers
+
+
+@pytest.mark.parametrize("change", [{"to": B}, {"to": None}, {"number": None}, {}])
+def test_what_is_for_another_or_comes_again_changes_nothing(change):
+    """It is answered with who this is, and nothing else."""
+    node = Half()
+    deltas = [Delta(A, 0, 1, {"x": (1, 1)})]
+    message = Message(A_SENDS, View([(B, AT_B, 1)], [C]), {A: 1, ME: 5}, None, {ME: 5}, deltas, to=ME, number=7)
+    node.counter.increment("y")
+    if not change:  # then it comes again
+        node.gossip.receive(message._replace(view=NOBODY, applied={}, confirms=None, deltas=[]), 0.0)
+    before = node.counter.vector(), node.table.snapshot(0.0), node.table.describe(), node.gossip.next_due(-1.0)
+    reply = node.gossip.receive(message._replace(**change), 0.0, "10.9.9.9:80")
+    assert reply == Message(node.table.sender(), NOBODY, None, None, None, [], number=0 if change else 7)
+    assert node.counter.replica == ME
+    assert before == (
+        node.counter.vector(), node.table.snapshot(0.0), node.table.describe(), node.gossip.next_due(-1.0)
+    )  # fmt: skip
+
+
+def test_a_peer_that_restarted_is_asked_again_at_once():
+    node, successor = Half(), Half(B, AT_A)
+    link = node.meet()
+    node.counter.increment("x")
+    assert node.gossip.take(1.0) is link
+    talk(node, successor, link, 1.0)
+    assert (link.peer, node.table.active()) == (B, [(B, AT_A)])
+    while link := node.gossip.take(2.0):
+        talk(node, successor, link, 2.0)
+    assert successor.counter.value("x") == 1
+
+
+def test_an_answer_that_says_the_number_is_old_raises_it():
+    """Of two clones that talk to one peer the one that is behind catches up, and then they find out."""
+    node, clone, peer = Half(), Half(), Half(A, AT_A)
+    for half, contacts in ((node, 5), (clone, 1)):
+        half.counter.increment("x")
+        for now in range(contacts):
+            half.gossip.swept([AT_A], [], float(now))
+            while link := half.gossip.take(float(now)):
+                talk(half, peer, link, float(now))
+    node.counter.increment("x")
+    for now in (10.0, 11.0, 12.0):
+        for half in (node, clone):
+            half.gossip.swept([AT_A], [], now)
+            while link := half.gossip.take(now):
+                talk(half, peer, link, now)
+    assert node.counter.replica == ME != clone.counter.replica
+
+
+def test_two_addresses_of_one_peer_do_not_disturb_each_other():
+    """Their messages may overtake each other."""
+    node, peer = Half(), Half(A, AT_A)
+    for address in (AT_A, AT_B):
+        node.meet(address, A)
+    node.gossip.swept([AT_A, AT_B], [], 1.0)
+    requests = [node.gossip.request(node.gossip.take(1.0), 1.0) for _ in range(2)]
+    assert [peer.gossip.receive(request, 1.0).number for request in reversed(requests)] == [None, None]
+
+
+def test_a_peer_that_takes_nothing_is_backed_off_from():
+    """Though it answers: whatever is sent, it only says who it is."""
+    node = Half()
+    link, now, sends = node.meet(), 1.0, 0
+    node.gossip.swept([AT_A], [], now)
+    while now < 2.0 and node.gossip.take(now) is link:
+        request, sends = node.gossip.request(link, now), sends + 1
+        try:
+            node.gossip.answered(link, request, introduction(number=request.number), now)
+        except ValueError as error:
+            node.gossip.failed(link, error, now)
+            now = node.gossip.next_due(now)
+    assert link.failures > 1
+    assert sends < 20
+
+
 def test_an_answer_says_what_was_not_taken_and_why():
     node = Half()
     deltas = [
@@ -507,8 +622,8 @@ def test_an_answer_says_what_was_not_taken_and_why():
         Delta(C, 0, 1, {"x": (1, -1)}, (), ((B, 1),)),
     ]
     message = Message(A_SENDS, NOBODY, None, None, None, deltas)
-    assert node.gossip.receive(message, 0.0).refused == {B: GAP, C: NEEDS}
-    assert node.gossip.receive(message._replace(deltas=deltas[:1]), 0.0).refused == {}
+    assert node.hear(message, 0.0).refused == {B: GAP, C: NEEDS}
+    assert node.hear(message._replace(deltas=deltas[:1]), 0.0).refused == {}
 
 
 def test_a_key_accepted_while_an_answer_is_made_does_not_spoil_it():
@@ -516,7 +631,7 @@ def test_a_key_accepted_while_an_answer_is_made_does_not_spoil_it():
     node = Half()
     node.counter.increment_once("k", "x", 1, now=100.001)
     message = Message(A_SENDS, NOBODY, {}, None, None, [])
-    ((_, _, _, _, age_s),) = decode(encode(node.gossip.receive(message, 100.0))).deltas[0].keys
+    ((_, _, _, _, age_s),) = decode(encode(node.hear(message, 100.0))).deltas[0].keys
     assert age_s == 0
 
 
@@ -528,6 +643,7 @@ def test_a_link_that_is_new_where_vectors_agree_starts_with_a_hash():
         assert peer.counter.merge(delta, 0) == APPLIED
     node.gossip.contact([AT_A], 0.0)
     talk(node, peer, node.gossip.take(0.0), 0.0)
+    node.table.heard(Sender(B, AT_B, 1, False), NOBODY, 1.0)  # so it is known who is there
     node.gossip.contact([AT_B], 1.0)
     assert node.gossip.request(node.gossip.take(1.0), 1.0).hash == vector_hash(node.counter.vector())
 

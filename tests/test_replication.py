@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import wait_until
-from halves import ME, Half, answer
+from halves import ME, Half, answer, introduction
 
 from counter import Delta, wire
 from counter.wire import Signer, decode, encode
@@ -69,8 +69,10 @@ def pool():
 
 
 def good(body):
-    """Answer as a peer that holds all it is sent."""
+    """Answer as a peer that holds all it is sent, once it was asked who it is."""
     message = decode(body)
+    if message.to is None:
+        return 200, encode(introduction(address=None)), {}
     confirms = {delta.replica: delta.through for delta in message.deltas}
     return 200, encode(answer(message.applied, address=None, confirms=confirms or None)), {}
 
@@ -167,7 +169,7 @@ def test_an_increment_wakes_a_worker_where_none_looks_by_itself(pool):
     node.counter.increment("x")
     replicator.wake()
     try:
-        wait_until(lambda: len(peer.bodies) == 2)
+        wait_until(lambda: decode(peer.bodies[-1]).deltas)
         node.counter.increment("x")
         wait_until(lambda: not node.gossip.asleep)
         replicator.wake()

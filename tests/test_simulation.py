@@ -9,6 +9,7 @@ from halves import with_more
 from simulation import TIMEOUT_S, Network, check_prefixes, increment
 
 from counter import Counter, new_replica
+from counter.wire import decode
 
 ADDRESSES = [f"10.0.0.{number}:8080" for number in range(1, 6)]
 
@@ -249,3 +250,30 @@ def test_nodes_of_a_later_version_in_a_cluster_change_nothing():
         ends.append((network.messages, vectors, [sorted(node.table.active()) for node in network.alive()]))
     assert ends[0] == ends[1]
     assert {node.counter.value("x") for node in network.alive()} == {1}
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_recorded_messages_are_worth_nothing(restarted):
+    """Neither at the nodes that they were sent to, nor at those that were started anew at their addresses."""
+    network = Network(7, loss=0, repeat=0)
+    recorded, send = [], network._send
+    network._send = lambda message: recorded.append(send(message)) or recorded[-1]
+    for address in ADDRESSES:
+        network.start(address, seeds=ADDRESSES)
+    for _ in range(20):
+        for node in network.alive():
+            node.increment("a", 1)
+        network.run(0.3)
+    if restarted:
+        for address in ADDRESSES:
+            network.crash(address)
+            network.start(address, seeds=ADDRESSES)
+    del network._send
+    assert network.run_until(network.converged, 20)
+    network.run(1)  # what was on its way has arrived
+    before = [(node.counter.vector(), node.table.snapshot(network.now)) for node in network.alive()]
+    for node in network.alive():
+        for body in recorded:
+            assert node.gossip.receive(decode(body), network.now).number is not None
+    assert before == [(node.counter.vector(), node.table.snapshot(network.now)) for node in network.alive()]
+    assert {node.counter.value("a") for node in network.alive()} == {0 if restarted else 100}
