@@ -403,8 +403,11 @@ def print_report(figures):
         print(f"\n{'one node':31}", *(f"{server:^26}" for server in SERVERS))
         print(f"{'request, connections':31}", *[f"{'per s':>8} {'p50 ms':>8} {'p99 ms':>8}"] * len(SERVERS))
         for request, connections in SINGLE:
-            keys = (f"{server}, {request}, {connections} connections, {unit}"
-                    for server in SERVERS for unit in ("per_s", "p50_ms", "p99_ms"))  # fmt: skip
+            keys = (
+                f"{server}, {request}, {connections} connections, {unit}"
+                for server in SERVERS
+                for unit in ("per_s", "p50_ms", "p99_ms")
+            )
             print(f"{f'{request}, {connections}':31}", *(f"{text(medians[key]):>8}" for key in keys))
     print()
     for figure, what in itertools.chain(*(FIGURES[name].items() for name in MEASUREMENTS if name != "single")):
@@ -467,8 +470,10 @@ def main():
                 status = 1 if isinstance(value, Failed) else status
     except KeyboardInterrupt:
         status = 130
-    print(f"{machine}; load by {'wrk' if by_wrk else 'sockets'}; rounds: {options.rounds}, medians"
-          f"{', INTERRUPTED' if status == 130 else ''}")  # fmt: skip
+    print(
+        f"{machine}; load by {'wrk' if by_wrk else 'sockets'}; rounds: {options.rounds}, medians"
+        f"{', INTERRUPTED' if status == 130 else ''}"
+    )
     print_report(figures)
     if options.json:
         report = json.dumps({"machine": machine, "figures": figures}, indent=1, default="FAILED: {}".format)

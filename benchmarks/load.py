@@ -172,8 +172,13 @@ def load_by_wrk(ports, connections, request, seconds):
         command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}", "-s", file.name]
         started, wrks = time.monotonic(), []
         for port in ports:
-            wrk = subprocess.Popen([*command, f"http://{HOST}:{port}{path}"], text=True, start_new_session=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+            wrk = subprocess.Popen(
+                [*command, f"http://{HOST}:{port}{path}"],
+                text=True,
+                start_new_session=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
             stack.enter_context(wrk)
             stack.callback(wrk.kill)
             wrks.append(wrk)

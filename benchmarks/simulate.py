@@ -160,8 +160,9 @@ def life(nodes, seed, args):
     figures["gone_s"] = run_until(
         network,
         lambda: all((victim.counter.replica, victim.address) not in node.table.active() for node in network.alive()),
-        0.25, CRASH_MAX_S,
-    )  # fmt: skip
+        0.25,
+        CRASH_MAX_S,
+    )
     figures["false"] = network.false_removals
     addresses = [node.address for node in network.alive()]
     network.rng.shuffle(addresses)
@@ -249,9 +250,11 @@ def panel(results, sizes, name, width, height):
     def y(value):
         return height - 35 - (height - 70) * value / top
 
-    parts = [f'<text x="12" y="18">{title}</text>',
-             f'<path d="M40 {y(top)}V{y(0)}H{width - 20}" fill="none" stroke="#888"/>',
-             f'<text x="36" y="{y(0)}" text-anchor="end">0</text>']  # fmt: skip
+    parts = [
+        f'<text x="12" y="18">{title}</text>',
+        f'<path d="M40 {y(top)}V{y(0)}H{width - 20}" fill="none" stroke="#888"/>',
+        f'<text x="36" y="{y(0)}" text-anchor="end">0</text>',
+    ]
     parts += [f'<text x="{x[size]}" y="{y(0) + 14}" text-anchor="middle">{size:,}</text>' for size in sizes]
     if target:
         parts.append(f'<path d="M40 {y(target):.1f}H{width - 20}" stroke="#c33" stroke-dasharray="4 3"/>')

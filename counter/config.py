@@ -43,7 +43,7 @@ class Config:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and shows help as the user wrote it."""
+    """Says what is wrong in one line."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -51,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        # "default: None" tells nobody anything.
+        # "default: None" would tell a reader nothing.
         says = isinstance(action.default, (str, int, float)) and action.default is not False
         return super()._get_help_string(action) if says else action.help
 
@@ -64,16 +64,42 @@ def parse_arguments(arguments):
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+    _add_flags(parser)
+    options = parser.parse_args(arguments)
+    if options.peer_timeout <= options.heartbeat_interval:
+        parser.error("argument --peer-timeout: must be longer than --heartbeat-interval")
+    if options.retry_backoff_max < options.retry_backoff:
+        parser.error("argument --retry-backoff-max: must not be shorter than --retry-backoff")
+    if not options.secret and not options.insecure and not _is_loopback(options.host, parser):
+        parser.error("argument --host: to listen beyond loopback give --secret-file, or --insecure")
+    fields = vars(options) | {"peers": tuple(options.peers), "cors_origin": tuple(options.cors_origin)}
+    del fields["insecure"]
+    return Config(**fields)
+
+
+def _add_flags(parser):
     listen = parser.add_argument_group("listening").add_argument
     listen("--port", type=_integer(0, 65535), default=8080, metavar="N", help="port to listen on; 0 takes a free one")
     listen("--host", default="127.0.0.1", help="address to listen on")
     listen("--advertise", type=_address, metavar="HOST:PORT", help="what peers are told to connect to")
     listen("--max-connections", type=_integer(1, 100_000), default=512, metavar="N", help="clients served at once")
-    listen("--cors-origin", type=_origin, action="append", default=[], metavar="ORIGIN",
-           help="let web pages of this origin use this node; repeatable, * is any")  # fmt: skip
+    listen(
+        "--cors-origin",
+        type=_origin,
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let web pages of this origin use this node; repeatable, * is any",
+    )
     trust = parser.add_argument_group("trust").add_argument
-    trust("--secret-file", dest="secret", type=_secret, default=b"", metavar="FILE",
-          help="sign all messages between nodes with the secret in this file")  # fmt: skip
+    trust(
+        "--secret-file",
+        dest="secret",
+        type=_secret,
+        default=b"",
+        metavar="FILE",
+        help="sign all messages between nodes with the secret in this file",
+    )
     trust("--cluster", type=_text, default="counter", metavar="NAME", help="nodes of another cluster are not talked to")
     trust("--insecure", action="store_true", help="listen beyond loopback without a secret")
     limits = parser.add_argument_group("limits").add_argument
@@ -81,8 +107,14 @@ def parse_arguments(arguments):
     limits("--idempotency-window", type=_seconds(0.001), default=3600.0, metavar="S", help="how long keys are kept")
     limits("--max-idempotency-keys", type=_integer(1, 10**6), default=1_000_000, metavar="N", help="keys kept at once")
     cluster = parser.add_argument_group("cluster").add_argument
-    cluster("--peers", type=_addresses, action="extend", default=[], metavar="HOST:PORT,...",
-            help="nodes to join through; repeatable")  # fmt: skip
+    cluster(
+        "--peers",
+        type=_addresses,
+        action="extend",
+        default=[],
+        metavar="HOST:PORT,...",
+        help="nodes to join through; repeatable",
+    )
     cluster("--heartbeat-interval", type=_seconds(0.01), default=1.0, metavar="S", help="between two heartbeats")
     cluster("--peer-timeout", type=_seconds(0.01), default=5.0, metavar="S", help="silence until a peer is lost")
     cluster(
@@ -98,16 +130,6 @@ def parse_arguments(arguments):
     logging_("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="the least to log")
     logging_("--log-format", choices=("text", "json"), default="text", help="lines of text, or of JSON objects")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    options = parser.parse_args(arguments)
-    if options.peer_timeout <= options.heartbeat_interval:
-        parser.error("argument --peer-timeout: must be longer than --heartbeat-interval")
-    if options.retry_backoff_max < options.retry_backoff:
-        parser.error("argument --retry-backoff-max: must not be shorter than --retry-backoff")
-    if not options.secret and not options.insecure and not _is_loopback(options.host, parser):
-        parser.error("argument --host: to listen beyond loopback give --secret-file, or --insecure")
-    fields = vars(options) | {"peers": tuple(options.peers), "cors_origin": tuple(options.cors_origin)}
-    del fields["insecure"]
-    return Config(**fields)
 
 
 def _is_loopback(host, parser):

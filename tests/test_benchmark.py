@@ -7,8 +7,20 @@ import sys
 from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent
-TINY = ("--rounds", "1", "--seconds", "0.03", "--load", "sockets",
-        "--increments", "500", "--counters", "250", "--probes", "3")  # fmt: skip
+TINY = (
+    "--rounds",
+    "1",
+    "--seconds",
+    "0.03",
+    "--load",
+    "sockets",
+    "--increments",
+    "500",
+    "--counters",
+    "250",
+    "--probes",
+    "3",
+)
 
 
 def run_benchmark(*arguments):
@@ -28,8 +40,16 @@ def test_it_prints_every_figure(tmp_path):
             rows = [line for line in result.stdout.splitlines() if line.startswith(f"{request}, {connections} ")]
             assert len(rows) == 1
             assert len(rows[0].split()) == 3 + 3 * 3  # of three servers requests/s, p50 and p99
-    for what in ("until all nodes show", "CPU of all nodes per increment", "lag p50", "lag p99",
-                 "memory per increment", "first answer", "all --increments", "all --counters"):  # fmt: skip
+    for what in (
+        "until all nodes show",
+        "CPU of all nodes per increment",
+        "lag p50",
+        "lag p99",
+        "memory per increment",
+        "first answer",
+        "all --increments",
+        "all --counters",
+    ):
         assert sum(what in line for line in result.stdout.splitlines()) == 1
     figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
     assert len(figures) == 6 * 3 * 3 + 13

@@ -91,9 +91,33 @@ def test_an_amount_is_counted(client, name, query, body, amount):
 
 @pytest.mark.parametrize(
     "amount",
-    ["0", "-0", "1.0", "1e3", "true", "null", '"1"', "1_000", "01", "%2B1", "+1", "%201", "1%20", "1%0A", "0x1", "",
-     "abc", "NaN", "%D9%A1", "%FF", "%3", str(AMOUNT_MAX + 1), str(-AMOUNT_MAX - 1), "9" * 5000],
-)  # fmt: skip
+    [
+        "0",
+        "-0",
+        "1.0",
+        "1e3",
+        "true",
+        "null",
+        '"1"',
+        "1_000",
+        "01",
+        "%2B1",
+        "+1",
+        "%201",
+        "1%20",
+        "1%0A",
+        "0x1",
+        "",
+        "abc",
+        "NaN",
+        "%D9%A1",
+        "%FF",
+        "%3",
+        str(AMOUNT_MAX + 1),
+        str(-AMOUNT_MAX - 1),
+        "9" * 5000,
+    ],
+)
 def test_a_bad_amount_in_the_query_is_refused(client, amount):
     """Nothing is counted, and the connection goes on."""
     problem(client.ask("POST", f"/increment/bad-query?amount={amount}"), 400)
@@ -192,9 +216,32 @@ def test_a_good_name_is_counted(client, encoded, name):
 
 @pytest.mark.parametrize(
     "encoded",
-    ["", ".", "..", "%2e", "%2E%2e", "n" * 129, "a%2Fb", "a%20b", "a+b", "a%00", "a%0A", "%C3%A9", "%FF", "%", "%4",
-     "%zz", "a%2561", "a,b", "a;b", "a~", "a#b", '"', "a\\b"],
-)  # fmt: skip
+    [
+        "",
+        ".",
+        "..",
+        "%2e",
+        "%2E%2e",
+        "n" * 129,
+        "a%2Fb",
+        "a%20b",
+        "a+b",
+        "a%00",
+        "a%0A",
+        "%C3%A9",
+        "%FF",
+        "%",
+        "%4",
+        "%zz",
+        "a%2561",
+        "a,b",
+        "a;b",
+        "a~",
+        "a#b",
+        '"',
+        "a\\b",
+    ],
+)
 @pytest.mark.parametrize(("method", "path"), [("POST", "/increment/"), ("GET", "/count/")])
 def test_a_bad_name_is_refused(client, method, path, encoded):
     """Everywhere a name goes; the connection goes on."""
@@ -436,10 +483,25 @@ def test_a_page_has_as_many_counters_as_were_asked_for(start_local, connect, que
 
 @pytest.mark.parametrize(
     "query",
-    ["limit=0", "limit=1001", "limit=-1", "limit=1.0", "limit=01", "limit=", "limit=10&limit=10", "prefix=a/b",
-     "prefix=%C3%A4", f"prefix={'a' * 129}", "prefix=a%0A", "start=", "start=..", "start=a%20b", "start=%2561",
-     "after=a"],
-)  # fmt: skip
+    [
+        "limit=0",
+        "limit=1001",
+        "limit=-1",
+        "limit=1.0",
+        "limit=01",
+        "limit=",
+        "limit=10&limit=10",
+        "prefix=a/b",
+        "prefix=%C3%A4",
+        f"prefix={'a' * 129}",
+        "prefix=a%0A",
+        "start=",
+        "start=..",
+        "start=a%20b",
+        "start=%2561",
+        "after=a",
+    ],
+)
 def test_a_bad_query_of_a_listing_is_refused(client, query):
     """What is malformed, unknown or there twice is 400."""
     problem(client.ask("GET", f"/counts?{query}"), 400)
@@ -628,9 +690,17 @@ def test_an_action_says_whether_it_may_wait(start_local, method, target, may_wai
 
 @pytest.mark.parametrize(
     ("path", "status"),
-    [("/count", 200), ("/count/x?after=1", 400), ("/peers", 200), ("/healthz", 200), ("/readyz", 200),
-     ("/nowhere", 404), (f"/increments/{NOBODYS_ID}", 404), (f"/count?timeout=0&after={NOBODYS_ID}", 504)],
-)  # fmt: skip
+    [
+        ("/count", 200),
+        ("/count/x?after=1", 400),
+        ("/peers", 200),
+        ("/healthz", 200),
+        ("/readyz", 200),
+        ("/nowhere", 404),
+        (f"/increments/{NOBODYS_ID}", 404),
+        (f"/count?timeout=0&after={NOBODYS_ID}", 504),
+    ],
+)
 def test_head_is_get_without_a_body(client, path, status):
     """The headers are the same, the length of the body included; asking in turn changes nothing."""
 
@@ -664,11 +734,25 @@ def test_what_is_no_gossip_is_refused(client, node):
 
 def test_defaults():
     """Without arguments a node listens on loopback, alone, with the documented times and limits."""
-    assert vars(parse_arguments([])).items() >= {
-        "port": 8080, "host": "127.0.0.1", "advertise": None, "peers": (), "heartbeat_interval": 1.0,
-        "peer_timeout": 5.0, "join_timeout": 10.0, "fanout": 8, "retry_backoff": 0.1, "retry_backoff_max": 10.0,
-        "retry_workers": 4, "drain_timeout": 5.0, "max_connections": 512, "log_level": "info",
-    }.items()  # fmt: skip
+    assert (
+        vars(parse_arguments([])).items()
+        >= {
+            "port": 8080,
+            "host": "127.0.0.1",
+            "advertise": None,
+            "peers": (),
+            "heartbeat_interval": 1.0,
+            "peer_timeout": 5.0,
+            "join_timeout": 10.0,
+            "fanout": 8,
+            "retry_backoff": 0.1,
+            "retry_backoff_max": 10.0,
+            "retry_workers": 4,
+            "drain_timeout": 5.0,
+            "max_connections": 512,
+            "log_level": "info",
+        }.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -767,9 +851,24 @@ def test_help_tells_every_flag_and_its_default(capsys):
         parse_arguments(["--help"])
     assert not exit.value.code
     help = " ".join(capsys.readouterr().out.split())
-    for flag in ("--port", "--host", "--advertise", "--peers", "--heartbeat-interval", "--peer-timeout",
-                 "--join-timeout", "--fanout", "--retry-backoff", "--retry-backoff-max", "--retry-workers",
-                 "--drain-timeout", "--max-connections", "--log-level", "--log-format", "--version"):  # fmt: skip
+    for flag in (
+        "--port",
+        "--host",
+        "--advertise",
+        "--peers",
+        "--heartbeat-interval",
+        "--peer-timeout",
+        "--join-timeout",
+        "--fanout",
+        "--retry-backoff",
+        "--retry-backoff-max",
+        "--retry-workers",
+        "--drain-timeout",
+        "--max-connections",
+        "--log-level",
+        "--log-format",
+        "--version",
+    ):
         assert f" {flag} " in help
     assert "(default: 8080)" in help
     for nothing in ("None", "[]", "b''", "False"):

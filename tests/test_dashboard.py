@@ -19,9 +19,16 @@ from selenium.webdriver.common.keys import Keys
 from counter import __version__
 
 SWITCHES = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 # Scripts that return what is wrong with the elements that a selector finds.
 CUT = """return [...document.querySelectorAll(arguments[0])]
     .filter(element => element.clientWidth && element.scrollWidth > element.clientWidth + 1)
@@ -377,8 +384,16 @@ def test_everything_can_be_reached_by_keyboard(page, start_node):
     for _ in range(8):
         page.driver.switch_to.active_element.send_keys(Keys.TAB)
         reached.append(page.driver.switch_to.active_element.accessible_name)
-    assert reached == ["+1 to default", "Show counters whose name begins with", "visits", "+1 to visits",
-                       "Counts", "Peers", "Metrics", "Readiness"]  # fmt: skip
+    assert reached == [
+        "+1 to default",
+        "Show counters whose name begins with",
+        "visits",
+        "+1 to visits",
+        "Counts",
+        "Peers",
+        "Metrics",
+        "Readiness",
+    ]
     button = page.button("+1 to visits")
     page.driver.execute_script("arguments[0].focus()", button)
     for count in ("2", "3"):

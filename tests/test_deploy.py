@@ -81,8 +81,9 @@ def test_systemd_accepts_the_unit(tmp_path):
 
 def test_compose_accepts_its_file():
     """It follows the schema of the Compose Specification."""
-    checked = run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec",
-                  "deploy/compose.yaml")  # fmt: skip
+    checked = run(
+        sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", "deploy/compose.yaml"
+    )
     assert checked.returncode == 0, checked.stdout
 
 

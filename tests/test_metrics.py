@@ -231,8 +231,13 @@ def test_a_cluster_tells_of_its_peers(start_cluster):
     lost = wait_until(lambda: one.peers("lost"))
     one.increment()
     wait_until(lambda: two.count() == 2)
-    found = wait_until(lambda: (seen := samples(one.ask("GET", "/metrics").body.decode()))
-                       and seen[("counter_gossip_retries_total",)] and seen)  # fmt: skip
+    found = wait_until(
+        lambda: (
+            (seen := samples(one.ask("GET", "/metrics").body.decode()))
+            and seen[("counter_gossip_retries_total",)]
+            and seen
+        )
+    )
     assert found["counter_peers", ("state", "active")] == found["counter_peers", ("state", "lost")] == 1
     assert lost == {three.address}
     assert found["counter_peer_unconfirmed_increments", ("address", three.address)] == 1
