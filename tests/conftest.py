@@ -4,9 +4,11 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,14 @@ def wait_until(condition, timeout_s=15.0):
 def wait_until_waiting(node):
     """Wait until some request waits for an increment."""
     wait_until(lambda: node.counter._waiting)
+
+
+def free_port():
+    """Return a port that stays free: the system gives it to no outgoing connection, unlike those it picks itself."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class Answer:

@@ -2,7 +2,6 @@
 
 import contextlib
 import http.client
-import random
 import signal
 import socket
 import socketserver
@@ -12,19 +11,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import PROJECT, Answer, wait_until
+from conftest import PROJECT, Answer, free_port, wait_until
 
 from counter.serving import DESCRIPTORS_BESIDE
 
 NO_LATE_RETRY = ("--retry-backoff-max", "0.1")  # seconds; a lost peer is found by probing it, or not at all
-
-
-def free_port():
-    """Return a port that stays free: the system gives it to no outgoing connection, unlike those it picks itself."""
-    while True:
-        port = random.randrange(10_000, 32_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 def own_id(node):
