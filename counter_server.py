@@ -31,7 +31,7 @@ from counter.addresses import join_address
 from counter.config import parse_arguments
 from counter.serving import Server, provide_descriptors
 from counter.wire import Signer
-from gossip import Gossip
+from gossip import DOUBTFUL_MAX, Gossip
 from peers import Heartbeat, PeerTable
 from replication import Replicator
 
@@ -74,10 +74,14 @@ class Node:
             config.retry_backoff,
             config.retry_backoff_max,
             pushed_to=config.fanout,
-            doubtful_max=max(1, config.retry_workers // 2),
         )
         self.replicator = Replicator(
-            self.gossip, self.table, self.signer, self.port, config.retry_workers, config.peer_timeout
+            self.gossip,
+            self.table,
+            self.signer,
+            self.port,
+            config.retry_workers + DOUBTFUL_MAX,
+            config.peer_timeout,
         )
         self.heartbeat = Heartbeat(self.table, config.heartbeat_interval, self.replicator.contact)
         self.api = Api(

@@ -17,6 +17,9 @@ log = logging.getLogger("counter.replication")
 DELTAS_MAX = 2**20  # bytes of deltas in a message of several replicas, roughly
 VECTOR_SHORT = 16  # replicas; a longer vector is compared by its hash first
 PACING_S = 0.01  # between two pushes to one peer, times the peers pushed to
+SLOW_S = 1.0  # a send that takes longer may well take until its timeout
+DOUBTFUL_MAX = 8  # sends at a time that may, each in a thread that others need not wait for
+FAILURE_S, FAILURES_MAX = 1.0, 10  # how much later, of those, one is tried for each failure
 LINK_IDLE_S = 60.0  # a link not used for so long is closed
 NO_VIEW = View([], [])  # what a mere push shows
 
@@ -56,9 +59,10 @@ class _Link:
         self.session = None  # with `prepared`, the request that is sent over it with ever new bodies
         self.prepared = None
 
-    def doubtful(self):
-        """Return whether sending may well take until its timeout: looking up a name has none."""
-        return self.failures > 0 or self.is_seed
+    def is_doubtful(self, now):
+        """Return whether a send may well take until its timeout, as one under way already seems to."""
+        slow = self.in_flight and now - self.started > SLOW_S
+        return self.failures > 0 or self.peer is None or slow  # a seed is a name: no id ever answers under it
 
     def holds(self, replica, sequence):
         """Return whether the peer is known to hold a dot; its own it holds anyway."""
@@ -69,10 +73,12 @@ class Gossip:
     """Who is to be sent what, and what to make of what they send.
 
     Threads may call anything at any time.  `pushed_to` active peers at most get increments at
-    once; `doubtful_max` sends at most are under way to peers that failed last time.
+    once; at most `doubtful_max` sends start at a time that may take until their timeout.
     """
 
-    def __init__(self, counter, table, retry_backoff_s, retry_backoff_max_s, pushed_to, doubtful_max, rng=random):
+    def __init__(
+        self, counter, table, retry_backoff_s, retry_backoff_max_s, pushed_to, doubtful_max=DOUBTFUL_MAX, rng=random
+    ):
         self._counter, self._table, self._rng = counter, table, rng
         self._backoff_s, self._backoff_max_s = retry_backoff_s, retry_backoff_max_s
         self._pushed_to, self._doubtful_max = pushed_to, doubtful_max
@@ -238,24 +244,14 @@ class Gossip:
                 next_at = min(next_at, at)
         if not due:
             return None, next_at
-        doubtful = [link for link in self._in_flight if link.doubtful()]
-        if len(doubtful) >= self._doubtful_max:  # one that has to wait is taken at the end of another send
-            due = [(at, link) for at, link in due if not link.doubtful()]
-        if not due:
+        working = [(at, link) for at, link in due if not link.is_doubtful(now)]
+        if working:
+            _, link = min(working, key=lambda entry: entry[0])
+        elif sum(link.is_doubtful(now) for link in self._in_flight) < self._doubtful_max:
+            # A peer that failed once comes before all the dead, but they have their turn as well.
+            _, link = min(due, key=lambda entry: entry[0] + FAILURE_S * min(entry[1].failures, FAILURES_MAX))
+        else:  # one that has to wait is taken at the end of another send
             return None, next_at
-        # The dead, if they are many, must not keep an active peer that once did not answer from being
-        # asked again, nor must such peers keep the dead from being tried: each has a send of its own,
-        # where there are two.
-        asked = any(link in self._pushed for link in doubtful)
-
-        def rank(entry):
-            at, link = entry
-            if not link.doubtful():
-                return 0, at
-            is_next = self._doubtful_max == 1 or (link in self._pushed) != asked
-            return 1 if is_next else 2, at
-
-        _, link = min(due, key=rank)
         link.in_flight, link.started = True, now
         self._in_flight[link] = None
         link.compare = link.compare_at <= now

@@ -29,7 +29,7 @@ class SimulatedNode:
         self.wakes_at = float("inf")  # for the link that becomes due next
         self.counter = Counter(new_replica(rng.getrandbits))
         self.table = PeerTable(self.counter.replica, address, seeds, INTERVAL_S, TIMEOUT_S, fanout=8, rng=rng)
-        self.gossip = Gossip(self.counter, self.table, 0.1, 10.0, pushed_to=8, doubtful_max=2, rng=rng)
+        self.gossip = Gossip(self.counter, self.table, 0.1, 10.0, pushed_to=8, rng=rng)
         network.at(network.now, self, self.sweep)
 
     def increment(self, name, amount, key=None):

@@ -124,7 +124,7 @@ def _add_flags(parser):
     retry = parser.add_argument_group("replication").add_argument
     retry("--retry-backoff", type=_seconds(0.001), default=0.1, metavar="S", help="first backoff, at most")
     retry("--retry-backoff-max", type=_seconds(0.001), default=10.0, metavar="S", help="longest backoff")
-    retry("--retry-workers", type=_integer(2, 256), default=4, metavar="N", help="threads that send to peers")
+    retry("--retry-workers", type=_integer(2, 256), default=4, metavar="N", help="threads that send to live peers")
     retry("--drain-timeout", type=_seconds(0), default=5.0, metavar="S", help="to hand over to the peers when stopping")
     logging_ = parser.add_argument_group("logging, to stderr").add_argument
     logging_("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="the least to log")

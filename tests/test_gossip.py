@@ -165,44 +165,59 @@ def test_one_send_at_a_time_is_in_flight_to_a_peer():
     assert node.gossip.take(2.0) is None
 
 
-def test_peers_that_failed_leave_workers_to_the_others():
+def test_doubtful_sends_leave_workers_to_the_others():
+    """To an address that has never answered, or did not answer last time, and any that takes long."""
     node = Half(doubtful_max=1)
     addresses = [f"10.0.1.{number}:80" for number in range(3)]
     for number, address in enumerate(addresses):
         node.meet(address, f"{number:08x}-0000-8000")
-    node.gossip.swept(addresses[:2], [], 1.0)
-    for _ in addresses[:2]:
-        node.gossip.failed(node.gossip.take(1.0), OSError("down"), 1.0)
-    node.gossip.swept(addresses, [], 2.0)
-    assert node.gossip.take(2.0).address == addresses[2]
-    first = node.gossip.take(2.0)
-    assert first.address in addresses[:2]
+    node.gossip.swept(addresses[:1], [], 1.0)
+    node.gossip.failed(node.gossip.take(1.0), OSError("down"), 1.0)
+    node.gossip.swept([addresses[0], "10.0.2.1:80", addresses[1]], [], 2.0)
+    working, doubtful = node.gossip.take(2.0), node.gossip.take(2.0)
+    assert (working.address, doubtful.address) == (addresses[1], "10.0.2.1:80")
     assert node.gossip.take(2.0) is None
-    node.gossip.failed(first, OSError("down"), 2.0)
-    assert node.gossip.take(3.0) is not None
+    node.gossip.failed(doubtful, OSError("no answer"), 2.0)
+    assert node.gossip.take(3.5) is None  # the other send may well hang
+    node.gossip.swept([addresses[2]], [], 4.0)
+    assert node.gossip.take(4.0).address == addresses[2]
+    node.gossip.failed(working, OSError("no answer"), 4.0)
+    assert node.gossip.take(4.0).address in addresses[:2]
 
 
-def test_many_dead_do_not_keep_an_active_peer_waiting_nor_it_them():
-    """One that did not answer once is asked before all the dead, whatever their number, but not in place of them."""
+def test_the_dead_neither_keep_a_peer_that_failed_once_waiting_nor_wait_for_ever():
     node = Half(doubtful_max=2)
     dead = [f"10.0.1.{number}:80" for number in range(20)]
+    node.meet()
 
     def fail(addresses, now):
-        node.gossip.contact(addresses, now)
+        node.gossip.swept(addresses, [], now)
         while link := node.gossip.take(now):
             node.gossip.failed(link, OSError("no answer"), now)
 
-    fail(dead, 0.0)
-    for address, id in ((AT_A, A), (AT_B, B)):
-        node.meet(address, id, now=0.0)
-    fail([AT_A, AT_B], 1.0)
-    node.gossip.contact(dead, 20.0)
-    node.gossip.contact([AT_A, AT_B], 21.0)
-    first, second = node.gossip.take(30.0), node.gossip.take(30.0)
-    assert second.address in dead
-    assert node.gossip.take(30.0) is None
-    node.gossip.answered(first, node.gossip.request(first, 30.0), answer({}, first.peer, first.address), 30.0)
-    assert {first.address, node.gossip.take(30.0).address} == {AT_A, AT_B}
+    for now in range(10):
+        fail(dead, float(now))
+    fail([AT_A], 15.0)
+    node.gossip.swept(dead, [], 20.0)
+    node.gossip.swept([AT_A], [], 25.0)
+    assert node.gossip.take(25.0).address == AT_A
+    assert node.gossip.take(25.0).address in dead
+    assert node.gossip.take(25.0) is None
+
+
+def test_the_dead_are_tried_however_often_others_fail_once():
+    node = Half(doubtful_max=1)
+    for _ in range(10):
+        node.gossip.swept(["10.0.1.1:80"], [], 0.0)
+        node.gossip.failed(node.gossip.take(0.0), OSError("no answer"), 0.0)
+    node.gossip.swept(["10.0.1.1:80"], [], 0.0)
+    tried = []
+    for now in range(20):
+        node.gossip.swept([f"10.0.2.{now}:80"], [], float(now))
+        link = node.gossip.take(float(now))
+        tried.append(link.address)
+        node.gossip.failed(link, OSError("no answer"), float(now))
+    assert "10.0.1.1:80" in tried
 
 
 def test_only_some_peers_are_told_of_an_increment_at_once():

@@ -1,6 +1,8 @@
 """The pool of threads that send, against peers that answer this and that."""
 
+import contextlib
 import logging
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -10,6 +12,7 @@ from halves import ME, Half, answer, introduction
 
 from counter import Delta, wire
 from counter.wire import Signer, decode, encode
+from gossip import DOUBTFUL_MAX
 from replication import Replicator
 
 SIGNER = Signer(b"", "counter")
@@ -53,12 +56,12 @@ def pool():
     ending = []
 
     def start(*replies, workers=2):
-        node, peers = Half(), [Peer(reply) for reply in replies]
+        node, peers = Half(doubtful_max=DOUBTFUL_MAX), [Peer(reply) for reply in replies]
         for peer in peers:
             thread = threading.Thread(target=peer.serve_forever, args=(0.01,))
             thread.start()
             ending.append(lambda peer=peer, thread=thread: (peer.shutdown(), peer.server_close(), thread.join()))
-        replicator = Replicator(node.gossip, node.table, SIGNER, 80, workers, peer_timeout_s=2.0)
+        replicator = Replicator(node.gossip, node.table, SIGNER, 80, workers + DOUBTFUL_MAX, peer_timeout_s=2.0)
         replicator.start()
         ending.insert(0, lambda: replicator.stop(20))
         return node, replicator, peers
@@ -131,26 +134,37 @@ def test_the_log_says_in_words_why_sending_failed(pool, caplog):
     wait_until(lambda: said in [record.getMessage() for record in caplog.records])
 
 
-def test_peers_that_hang_hold_no_worker_that_others_need(pool):
-    """With as many hanging peers as workers, a good one is served as soon as they are known for it."""
-    released = threading.Event()
+@pytest.fixture
+def tarpit():
+    """Start servers that accept whatever connects and then trickle the head of an answer, for ever."""
+    over, threads, listeners = threading.Event(), [], []
 
-    def hang(body):
-        released.wait(30)
-        return good(body)
+    def trickle(listener):
+        with contextlib.suppress(OSError), listener.accept()[0] as connection:  # it may be hung up on
+            while not over.wait(0.1):
+                connection.send(b"H")
 
-    node, replicator, (*hanging, peer) = pool(hang, hang, good)
-    try:
-        replicator.contact([bad.address for bad in hanging], [])
-        wait_until(lambda: all(bad.bodies for bad in hanging))
-        replicator.contact([peer.address], [])
-        wait_until(node.table.active)
-        for _ in range(3):
-            known = len(peer.bodies)
-            replicator.contact([bad.address for bad in hanging] + [peer.address], [])
-            wait_until(lambda known=known: len(peer.bodies) > known)
-    finally:
-        released.set()
+    def start():
+        listeners.append(socket.create_server(("127.0.0.1", 0)))
+        threads.append(threading.Thread(target=trickle, args=listeners[-1:]))
+        threads[-1].start()
+        return f"127.0.0.1:{listeners[-1].getsockname()[1]}"
+
+    yield start
+    over.set()
+    for thread, listener in zip(threads, listeners, strict=True):
+        thread.join()
+        listener.close()
+
+
+def test_addresses_that_never_finish_an_answer_delay_nobody(pool, tarpit):
+    """Where four of five are such, the fifth is joined through, and gets increments, as if they were not there."""
+    node, replicator, (peer,) = pool(good)
+    replicator.contact([*(tarpit() for _ in range(4)), peer.address], [])
+    wait_until(node.table.active)
+    node.counter.increment("x")
+    replicator.wake()
+    wait_until(lambda: node.gossip.unconfirmed()[peer.address] == 0)
 
 
 def test_an_increment_wakes_a_worker_where_none_looks_by_itself(pool):
