@@ -62,12 +62,15 @@ class Api:
     # Always served, even at --max-connections: peer messages and health checks.  An orchestrator whose
     # probes fail on every overloaded node at once would restart them all and lose the counts.
     vital_paths = frozenset({wire.PATH, "/healthz", "/readyz", "/metrics"})
+    # Open to clients without a token: probes, and the page, which knows nothing and asks for one.
+    open_paths = frozenset({wire.PATH, "/healthz", "/readyz", "/"})
 
-    def __init__(self, config, counter, table, gossip, replicator, signer, server, readiness):
+    def __init__(self, config, counter, table, gossip, replicator, signer, server, readiness, tokens):
         self._cors_origins, self._window_s = config.cors_origin, config.idempotency_window
         self._counter, self._table, self._gossip = counter, table, gossip
         self._replicator, self._signer, self._server = replicator, signer, server
         self._readiness = readiness  # () -> (ready, alone)
+        self._tokens = tokens  # Tokens, or None: every client may do anything
         self._started, self._started_at = time.monotonic(), time.time()
         self._routes = {  # path -> {method: route}; a GET serves HEAD as well
             "/increment": {"POST": self._increment},
@@ -113,12 +116,28 @@ class Api:
         """Return what answers a request with this head; Refused if nothing does."""
         lines = auth.cross_origin_headers(head, self._cors_origins)
         if lines is None:
-            return self._route(head)
+            return self._admitted(head)
         try:
-            answer = self._route(head)
+            answer = self._admitted(head)
         except Refused as refused:
             answer = _refusing(refused)
         return _with_headers(answer, lines)
+
+    def _admitted(self, head):
+        """Return what answers a request, for as long as its token is good."""
+        if not self._tokens or head.path in self.open_paths or head.method == "OPTIONS":
+            return self._route(head)
+        access, answer = self._tokens.access(head), self._route(head)
+
+        @action(may_wait=answer.may_wait)
+        def check_again(body, connection):
+            return (answer if access.valid else self._admitted(head))(body, connection)
+
+        return check_again
+
+    def _counter_for(self, head):
+        """Return the Counter as the client that sends this may increment it; Refused if it may not."""
+        return self._tokens.access(head).limited(self._counter) if self._tokens else self._counter
 
     def _route(self, head):
         parent, slash, last = head.path.rpartition("/")
@@ -167,7 +186,7 @@ class Api:
         key = head.headers.get("idempotency-key")
         if key is not None:
             key = parameters.idempotency_key(key)
-        counter, replicator, gossip = self._counter, self._replicator, self._gossip
+        counter, replicator, gossip = self._counter_for(head), self._replicator, self._gossip
 
         @action(may_wait=acks is not None)
         def increment(body, _connection):

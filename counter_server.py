@@ -30,6 +30,7 @@ from counter import Counter, logs, new_replica
 from counter.addresses import join_address
 from counter.config import parse_arguments
 from counter.serving import Server, provide_descriptors
+from counter.tokens import Tokens, read_token_file
 from counter.wire import Signer
 from gossip import DOUBTFUL_MAX, Gossip
 from peers import Heartbeat, PeerTable
@@ -56,6 +57,10 @@ class Node:
             new_replica(), config.max_counters, config.max_idempotency_keys, config.idempotency_window
         )
         self.signer = Signer(config.secret, config.cluster)
+        self.tokens = Tokens(config.tokens) if config.token_file else None
+        self._files = []  # (flag, path, reads the file, takes what it holds): what SIGHUP is for
+        if self.tokens:
+            self._files.append(("--token-file", config.token_file, read_token_file, self.tokens.replace))
         self.server = Server(config)
         host, self.port = self.server.server_address[:2]
         wildcard = ipaddress.ip_address(host).is_unspecified
@@ -93,12 +98,29 @@ class Node:
             self.signer,
             self.server,
             self.readiness,
+            self.tokens,
         )
 
     def start(self):
         self.server.start(self.api)
         self.replicator.start()
         self.heartbeat.start()
+
+    @property
+    def has_files(self):
+        """Whether there is anything for read_files_again() to read."""
+        return bool(self._files)
+
+    def read_files_again(self):
+        """Take what the files of the command line hold now; one that is not good is logged, and changes nothing."""
+        for flag, path, read, take in self._files:
+            try:
+                content = read(path)
+            except ValueError as error:
+                log.warning("not read again, what it held before stays: flag=%s error=%s", flag, error)
+            else:
+                take(content)
+                log.info("read again: flag=%s file=%s", flag, path)
 
     def stop(self):
         """Answer what is in flight, hand everything to the peers, say leave, end all threads."""
@@ -144,7 +166,7 @@ def main(arguments=None):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler prints a traceback
     # Blocked here and so in every thread to come, a signal waits for sigwait(), whatever runs.
     # With handlers instead the kernel may pick any thread, and the main thread may sleep on.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS | {signal.SIGHUP})
     try:
         node = Node(config)
     except (OSError, UnicodeError) as error:
@@ -152,11 +174,23 @@ def main(arguments=None):
         return 1
     node.start()
     log.info("listening: addr=%s id=%s", join_address(node.server.server_address[0], node.port), node.counter.replica)
-    number = signal.sigwait(STOP_SIGNALS)
+    number = _wait_for_stop(node)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a second one ends the process at once
     log.info("stopping: signal=%s", signal.Signals(number).name)
     node.stop()
     return 0
+
+
+def _wait_for_stop(node):
+    """Read the node's files again at each SIGHUP; return the number of the signal to stop at.
+
+    To a node without such files SIGHUP means what it always did: its terminal is gone, unless nohup ignores it.
+    """
+    hangs_up = node.has_files or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    signals = STOP_SIGNALS | {signal.SIGHUP} if hangs_up else STOP_SIGNALS
+    while (number := signal.sigwait(signals)) == signal.SIGHUP and node.has_files:
+        node.read_files_again()
+    return number
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def cross_origin_headers(head, allowed):
         if head.method == "OPTIONS":
             lines += [
                 "Access-Control-Allow-Methods: GET, HEAD, POST",
-                "Access-Control-Allow-Headers: Content-Type, Idempotency-Key",
+                "Access-Control-Allow-Headers: Authorization, Content-Type, Idempotency-Key",
                 "Access-Control-Max-Age: 600",
             ]
         return "\r\n".join(lines).encode()

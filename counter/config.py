@@ -2,13 +2,14 @@
 
 import argparse
 import ipaddress
-import os
 import re
 import socket
 from dataclasses import dataclass
 
 from counter import __version__
 from counter.addresses import parse_address
+from counter.private import read_private_file
+from counter.tokens import read_token_file
 
 _ORIGIN = re.compile(
     r"(?!https://.*:443\Z|http://.*:80\Z)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?\Z"
@@ -37,6 +38,8 @@ class Config:
     max_idempotency_keys: int
     cors_origin: tuple  # of origins whose pages may use this node; "*" is any
     secret: bytes  # b"" without --secret-file
+    token_file: str  # or None
+    tokens: tuple  # of tokens.Grant, as they were in the file
     cluster: str
     log_level: str
     log_format: str
@@ -73,6 +76,7 @@ def parse_arguments(arguments):
     if not options.secret and not options.insecure and not _is_loopback(options.host, parser):
         parser.error("argument --host: to listen beyond loopback give --secret-file, or --insecure")
     fields = vars(options) | {"peers": tuple(options.peers), "cors_origin": tuple(options.cors_origin)}
+    fields["token_file"], fields["tokens"] = options.token_file or (None, ())
     del fields["insecure"]
     return Config(**fields)
 
@@ -100,6 +104,7 @@ def _add_flags(parser):
         metavar="FILE",
         help="sign all messages between nodes with the secret in this file",
     )
+    trust("--token-file", type=_token_file, metavar="FILE", help="answer only clients that show a token in this file")
     trust("--cluster", type=_text, default="counter", metavar="NAME", help="nodes of another cluster are not talked to")
     trust("--insecure", action="store_true", help="listen beyond loopback without a secret")
     limits = parser.add_argument_group("limits").add_argument
@@ -155,17 +160,21 @@ def _text(text):
 
 
 def _secret(path):
-    try:
-        with open(path, "rb") as file:
-            readable_by_others = os.fstat(file.fileno()).st_mode & 0o007
-            secret = file.read(65536).strip()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from None
-    if readable_by_others:
-        raise argparse.ArgumentTypeError(f"{path} is open to other users; chmod o= {path}")
+    secret = _read(read_private_file, path).strip()
     if not secret:
         raise argparse.ArgumentTypeError(f"{path} is empty")
     return secret
+
+
+def _token_file(path):
+    return path, _read(read_token_file, path)
+
+
+def _read(read, path):
+    try:
+        return read(path)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _integer(least, most):

@@ -24,7 +24,15 @@ _HOST = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 _ABSOLUTE = re.compile(r"\Ahttps?://[^/?#]*", re.IGNORECASE)
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 # Of these one line is allowed: two could be read differently by the next program.
-_SINGLE = {"host", "content-length", "transfer-encoding", "idempotency-key", "origin", "sec-fetch-site"}
+_SINGLE = {
+    "host",
+    "content-length",
+    "transfer-encoding",
+    "idempotency-key",
+    "origin",
+    "sec-fetch-site",
+    "authorization",
+}
 
 _TLS_HELLO = 0x16  # the first byte of a client that speaks TLS: a record of its handshake
 

@@ -60,7 +60,7 @@ def test_a_command_line_is_accepted(arguments, tmp_path):
     """It listens for other machines, with a secret, and has peers."""
     secret = tmp_path / "secret"
     secret.write_text("deployed")
-    secret.chmod(0o440)
+    secret.chmod(0o400)
     text = re.sub(r"(--secret-file[ =])\S+", rf"\1{secret}", " ".join(arguments))
     config = parse_arguments(text.split())
     assert (config.host, config.port, config.secret) == ("0.0.0.0", 8080, b"deployed")

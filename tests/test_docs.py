@@ -14,6 +14,10 @@ from counter.config import parse_arguments
 DOCUMENTS = [*sorted(PROJECT.glob("*.md")), *sorted(PROJECT.glob("docs/**/*.md")), PROJECT / "benchmarks/README.md"]
 UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
+TOKENS = re.search(r"^```text\n(read .*?)```$", (PROJECT / "docs/operations.md").read_text(), re.DOTALL | re.MULTILINE)[
+    1
+]
+
 
 def named(path):
     return str(path.relative_to(PROJECT))
@@ -83,10 +87,12 @@ def test_every_other_command_is_one_that_works(path, tmp_path):
         if is_request(command):
             continue
         if server:
-            secret = tmp_path / "secret"
-            secret.write_text("x" * 64)
-            secret.chmod(0o600)
-            parse_arguments(shlex.split(server[1].replace("--secret-file secret", f"--secret-file {secret}")))
+            arguments = server[1]
+            for name, content in (("secret", "x" * 64), ("tokens", TOKENS)):
+                (tmp_path / name).write_text(content)
+                (tmp_path / name).chmod(0o600)
+                arguments = re.sub(rf"(?<=-file ){name}\b", str(tmp_path / name), arguments)
+            parse_arguments(shlex.split(arguments))
         elif script:
             known = run(f"python {script[1]} --help")
             assert all(flag in known for flag in re.findall(r"(?<!\S)--[a-z-]+", script[2])), command
