@@ -142,6 +142,13 @@ def test_figures_come_with_the_command_that_measures_them(name):
         assert not table or "\npython benchmarks/" in section[: table.start()], section[:60]
 
 
+def test_the_layout_names_every_module():
+    """Of the program; in docs/architecture.md."""
+    layout = text("docs/architecture.md").partition("## What a node holds")[0]
+    modules = {path.name for pattern in ("*.py", "counter/*.py") for path in PROJECT.glob(pattern)} - {"__init__.py"}
+    assert set(re.findall(r"\b\w+\.py\b", layout)) >= modules
+
+
 def test_every_flag_is_documented(capsys):
     """As the help lists them, and none besides."""
     with pytest.raises(SystemExit):
