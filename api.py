@@ -3,7 +3,7 @@
     api.action(head)           a route checks everything that the head says, and returns an action
     action(body, connection)   answers the request; called again when the same head comes again
 
-Routes run in the thread of their connection.  They use the parts of a node and know nothing of sockets.
+Routes use the parts of a node and know nothing of sockets.
 """
 
 import difflib

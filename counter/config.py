@@ -85,7 +85,7 @@ def _add_flags(parser):
     listen = parser.add_argument_group("listening").add_argument
     listen("--port", type=_integer(0, 65535), default=8080, metavar="N", help="port to listen on; 0 takes a free one")
     listen("--host", default="127.0.0.1", help="address to listen on")
-    listen("--advertise", type=_address, metavar="HOST:PORT", help="what peers are told to connect to")
+    listen("--advertise", type=_address, metavar="HOST:PORT", help="address that peers are told to connect to")
     listen("--max-connections", type=_integer(1, 100_000), default=512, metavar="N", help="clients served at once")
     listen(
         "--cors-origin",
@@ -105,7 +105,7 @@ def _add_flags(parser):
         help="sign all messages between nodes with the secret in this file",
     )
     trust("--token-file", type=_token_file, metavar="FILE", help="answer only clients that show a token in this file")
-    trust("--cluster", type=_text, default="counter", metavar="NAME", help="nodes of another cluster are not talked to")
+    trust("--cluster", type=_text, default="counter", metavar="NAME", help="talk only to nodes of this cluster")
     trust("--insecure", action="store_true", help="listen beyond loopback without a secret")
     limits = parser.add_argument_group("limits").add_argument
     limits("--max-counters", type=_integer(1, 10**6), default=100_000, metavar="N", help="counters created here")
@@ -123,14 +123,16 @@ def _add_flags(parser):
     cluster("--heartbeat-interval", type=_seconds(0.01), default=1.0, metavar="S", help="between two heartbeats")
     cluster("--peer-timeout", type=_seconds(0.01), default=5.0, metavar="S", help="silence until a peer is lost")
     cluster(
-        "--join-timeout", type=_seconds(0), default=10.0, metavar="S", help="until a node is ready without its seeds"
+        "--join-timeout", type=_seconds(0), default=10.0, metavar="S", help="wait so long for seeds that do not answer"
     )
     cluster("--fanout", type=_integer(1, 1000), default=8, metavar="N", help="peers contacted at once")
     retry = parser.add_argument_group("replication").add_argument
-    retry("--retry-backoff", type=_seconds(0.001), default=0.1, metavar="S", help="first backoff, at most")
+    retry("--retry-backoff", type=_seconds(0.001), default=0.1, metavar="S", help="longest first backoff")
     retry("--retry-backoff-max", type=_seconds(0.001), default=10.0, metavar="S", help="longest backoff")
     retry("--retry-workers", type=_integer(2, 256), default=4, metavar="N", help="threads that send to live peers")
-    retry("--drain-timeout", type=_seconds(0), default=5.0, metavar="S", help="to hand over to the peers when stopping")
+    retry(
+        "--drain-timeout", type=_seconds(0), default=5.0, metavar="S", help="time to hand over to peers when stopping"
+    )
     logging_ = parser.add_argument_group("logging, to stderr").add_argument
     logging_("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="the least to log")
     logging_("--log-format", choices=("text", "json"), default="text", help="lines of text, or of JSON objects")

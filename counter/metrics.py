@@ -1,15 +1,15 @@
 """Counts of requests, by route and status, and how long they took.
 
 A repeated request takes a few microseconds, so counting it must not take a lock: every connection
-has a ConnectionTally that its own thread alone writes.  Requests adds them up for whoever scrapes,
-and keeps what connections counted that have ended.
+has a ConnectionTally that only its own thread writes.  Requests adds them up for a scrape, together
+with the counts of connections that have ended.
 """
 
 import threading
 from bisect import bisect_left
 from collections import defaultdict
 
-OTHER = "other"  # the route of requests to no known path, or whose head was no good
+OTHER = "other"  # the route of requests to an unknown path, or with a malformed head
 TIMED_ONE_IN = 64  # repeated requests: two readings of the clock would be a tenth of the cost of one
 BUCKETS_S = (0.00001, 0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)  # up to ?timeout=, which is 60 s at most
 
@@ -18,8 +18,8 @@ class Tally:
     """The requests to one route, by status, and how long they took."""
 
     def __init__(self):
-        self.statuses = {}  # status, as bytes -> [number]: who has the list counts without looking it up
-        self.buckets = [0] * (len(BUCKETS_S) + 1)  # not yet cumulative; the last is for what is slower
+        self.statuses = {}  # status, as bytes -> [number]: a holder of the list counts without a lookup
+        self.buckets = [0] * (len(BUCKETS_S) + 1)  # not cumulative; the last is for slower requests
         self.seconds = 0.0
 
     def number(self, response):
@@ -30,19 +30,17 @@ class Tally:
         return self.statuses.setdefault(status, [0])
 
     def count(self, response, seconds):
-        """Count one request and its duration; return the list in which it was counted."""
-        number = self.number(response)
-        number[0] += 1
+        """Count one request and its duration."""
+        self.number(response)[0] += 1
         self.observe(seconds, 1)
-        return number
 
     def observe(self, seconds, times):
-        """Take note of a duration that stands for as many requests."""
+        """Count a duration that stands for `times` requests."""
         self.buckets[bisect_left(BUCKETS_S, seconds)] += times
         self.seconds += seconds * times
 
     def add(self, other):
-        """Add what another tally counts, whose thread may go on counting: copying a dictionary is atomic."""
+        """Add another tally.  Its thread may go on counting: copying a dictionary is atomic."""
         for status, (number,) in dict(other.statuses).items():
             self._number(status)[0] += number
         self.buckets = [mine + its for mine, its in zip(self.buckets, other.buckets, strict=True)]
@@ -50,7 +48,7 @@ class Tally:
 
 
 class ConnectionTally:
-    """What one connection counts; only its own thread calls `of` and writes to the tallies."""
+    """What one connection counts.  Only its own thread calls `of` and writes to the tallies."""
 
     def __init__(self):
         self._routes = {}  # route -> Tally
@@ -83,7 +81,7 @@ class Requests:
         return tally
 
     def close(self, tally):
-        """Keep what a connection counted that ends."""
+        """Take over the counts of a connection that ends."""
         with self._lock:
             self._open.remove(tally)
             tally.add_to(self._ended)

@@ -1,4 +1,4 @@
-"""Text from a client into values, or a Refused that says what to send instead."""
+"""Turns text from clients into values; raises Refused, which says what to send instead."""
 
 import json
 import re

@@ -38,7 +38,7 @@ def no_traceback(caplog):
 
 
 def test_an_increment_answers_its_id_and_the_count(client, node):
-    """The id is the next of this node's."""
+    """It has the next id of this node."""
     for count in (1, 2):
         expected = {"id": next_id(node), "name": "answered", "count": count}
         reply = client.ask("POST", "/increment/answered")
@@ -55,8 +55,8 @@ def test_the_counter_without_a_name_is_default(client):
     assert client.count("default") == after
 
 
-def test_a_counter_nobody_incremented_is_0(client):
-    """Counters exist without being made."""
+def test_a_new_counter_is_0(client):
+    """Counters need not be created."""
     assert client.ask("GET", "/count/untouched").json() == {"name": "untouched", "count": 0}
 
 
@@ -78,7 +78,7 @@ def test_a_counter_nobody_incremented_is_0(client):
     ],
 )
 def test_an_amount_is_counted(client, name, query, body, amount):
-    """It comes in the query or in the body, and without any it is 1."""
+    """The amount is in the query or in the body; the default is 1."""
     for times in (1, 2):
         assert client.ask("POST", f"/increment/{name}{query}", body=body).json()["count"] == times * amount
     assert client.count(name) == 2 * amount
@@ -114,7 +114,7 @@ def test_an_amount_is_counted(client, name, query, body, amount):
     ],
 )
 def test_a_bad_amount_in_the_query_is_refused(client, amount):
-    """Nothing is counted, and the connection goes on."""
+    """Nothing is counted, and the connection stays open."""
     problem(client.ask("POST", f"/increment/bad-query?amount={amount}"), 400)
     assert client.count("bad-query") == 0
 
@@ -179,13 +179,13 @@ def test_a_bad_query_of_an_increment_is_refused(client, query):
     ids=lambda body: body[:40].decode("latin-1").encode("unicode_escape").decode() + f"-{len(body)}",
 )
 def test_a_bad_body_is_refused(client, body):
-    """Nothing is counted, and the connection goes on."""
+    """Nothing is counted, and the connection stays open."""
     problem(client.ask("POST", "/increment/bad-body", body=body), 400)
     assert client.count("bad-body") == 0
 
 
 def test_an_amount_in_two_places_is_refused(client):
-    """Even where both say the same."""
+    """Even if both are equal."""
     problem(client.ask("POST", "/increment/both?amount=5", body=b'{"amount": 5}'), 400)
     assert client.count("both") == 0
 
@@ -239,7 +239,7 @@ def test_a_good_name_is_counted(client, encoded, name):
 )
 @pytest.mark.parametrize(("method", "path"), [("POST", "/increment/"), ("GET", "/count/")])
 def test_a_bad_name_is_refused(client, method, path, encoded):
-    """Everywhere a name goes; the connection goes on."""
+    """In every path that takes a name; the connection stays open."""
     problem(client.ask(method, path + encoded), 400)
     assert client.ask("GET", "/healthz").status == 200
 
@@ -248,7 +248,7 @@ def test_a_bad_name_is_refused(client, method, path, encoded):
 
 
 def test_an_increment_can_be_looked_up(client, node):
-    """Its id is unknown before, and applied after; letters count in either case."""
+    """Its id is 404 before and 200 after; upper case is accepted."""
     id = next_id(node)
     problem(client.ask("GET", f"/increments/{id}"), 404)
     assert client.ask("POST", "/increment/looked-up").json()["id"] == id
@@ -278,19 +278,19 @@ BAD_IDS = [
 @pytest.mark.parametrize("path", ["/increments/", "/count?after=", "/count/x?timeout=0&after="])
 @pytest.mark.parametrize("id", BAD_IDS)
 def test_what_is_no_increment_id_is_refused(client, path, id):
-    """Only a UUIDv8 with the RFC's variant and a sequence of at least 1 is one."""
+    """An increment id is a UUIDv8 with the RFC's variant and a sequence of at least 1."""
     problem(client.ask("GET", path + id), 400)
 
 
 def test_after_an_increment_that_is_held_the_count_comes_at_once(client):
-    """Even where no time to wait is given."""
+    """Even with a timeout of 0."""
     id = client.ask("POST", "/increment/held").json()["id"]
     assert client.ask("GET", f"/count/held?timeout=0&after={id}").json() == {"name": "held", "count": 1}
     assert client.ask("GET", f"/count/held?after={id}").json()["count"] == 1
 
 
 def test_after_waits_for_an_increment_of_this_node(client, connect, node):
-    """The count that is answered has that increment in it."""
+    """The count in the answer includes that increment."""
     client.send(request("GET", f"/count/own?timeout=60&after={next_id(node)}"))
     wait_until_waiting(node)
     assert connect(node).ask("POST", "/increment/own?amount=4").status == 200
@@ -298,7 +298,7 @@ def test_after_waits_for_an_increment_of_this_node(client, connect, node):
 
 
 def test_after_waits_for_an_increment_of_a_peer(client, connect, node):
-    """What a peer hands over later wakes only those who waited for as much as it brings."""
+    """A delta wakes only the waiters whose increment it brings."""
     replica, peer, further = new_replica(), connect(node), connect(node)
     client.send(request("GET", f"/count/peers?timeout=60&after={increment_id(replica, 2)}"))
     further.send(request("GET", f"/count/peers?timeout=60&after={increment_id(replica, 3)}"))
@@ -313,7 +313,7 @@ def test_after_waits_for_an_increment_of_a_peer(client, connect, node):
 
 @pytest.mark.parametrize("timeout", ["0", "0.0", "0.05"])
 def test_an_increment_that_does_not_arrive_in_time_is_504(client, node, timeout):
-    """The connection goes on, and the same question is answered once the increment is there."""
+    """The connection stays open, and the same request succeeds once the increment has arrived."""
     question = ("GET", f"/count/late?after={next_id(node)}&timeout={timeout}")
     problem(client.ask(*question), 504)
     problem(client.ask(*question), 504)
@@ -333,7 +333,7 @@ def test_a_good_timeout_is_taken(client, timeout):
     ["", "-1", "-0", "60.000000001", "61", "1e1", "1.", "1,5", "1s", "nan", "inf", "%D9%A1", "%201", "9" * 500],
 )
 def test_a_bad_timeout_is_refused(client, timeout):
-    """Before anything is waited for."""
+    """Without waiting first."""
     problem(client.ask("GET", f"/count?after={NOBODYS_ID}&timeout={timeout}"), 400)
 
 
@@ -351,7 +351,7 @@ def test_a_key_counts_once_and_a_replay_says_so(client):
 
 
 def test_the_very_same_bytes_with_a_key_count_once(client):
-    """Where a connection repeats a request, its key is looked at again each time."""
+    """A repeated request skips parsing, but its key is checked each time."""
     replies = [client.ask("POST", "/increment/keyed-again", "Idempotency-Key: same") for _ in range(4)]
     assert [reply.json()["count"] for reply in replies] == [1] * 4
     assert ["idempotent-replayed" in reply.headers for reply in replies] == [False, True, True, True]
@@ -359,7 +359,7 @@ def test_the_very_same_bytes_with_a_key_count_once(client):
 
 @pytest.mark.parametrize("target", ["/increment/reused?amount=2", "/increment/reused2"])
 def test_a_key_with_another_payload_is_422(client, target):
-    """What was counted under it stays as it is."""
+    """What was counted under the key stays."""
     client.ask("POST", "/increment/reused", "Idempotency-Key: reused")
     problem(client.ask("POST", target, "Idempotency-Key: reused"), 422)
     assert (client.count("reused"), client.count("reused2")) == (1, 0)
@@ -373,7 +373,7 @@ def test_what_is_no_key_is_refused(client, key):
 
 
 def test_two_keys_in_one_request_are_refused(client):
-    """The next program might take the other one."""
+    """Another program might read the other key."""
     client.send(request("POST", "/increment", "Idempotency-Key: a", "Idempotency-Key: a"))
     closes_with(client, 400)
 
@@ -391,7 +391,7 @@ def test_a_uuid7_that_may_have_been_forgotten_is_refused(client):
 
 
 def test_without_room_for_a_key_the_client_is_told_when_to_come_back(start_local, connect):
-    """Keys that are known, and increments without one, are served all the same."""
+    """Known keys and increments without a key are still served."""
     client = connect(start_local("--max-idempotency-keys", "1", "--idempotency-window", "100"))
     assert client.ask("POST", "/increment", "Idempotency-Key: first").status == 200
     refused = client.ask("POST", "/increment", "Idempotency-Key: second")
@@ -402,7 +402,7 @@ def test_without_room_for_a_key_the_client_is_told_when_to_come_back(start_local
 
 
 def test_without_room_for_a_counter_existing_ones_go_on(start_local, connect):
-    """The limit is on new names; nothing is changed by what is refused."""
+    """Only new names are refused, and a refusal changes nothing."""
     client = connect(start_local("--max-counters", "1"))
     assert client.ask("POST", "/increment/first").status == 200
     problem(client.ask("POST", "/increment/second"), 507)
@@ -412,14 +412,14 @@ def test_without_room_for_a_counter_existing_ones_go_on(start_local, connect):
 
 
 def test_acks_says_how_many_nodes_hold_it(client):
-    """Alone that is one, and for more it waits as long as it may; the increment stays."""
+    """A lone node answers 202 after the timeout, and the increment stays counted."""
     assert client.ask("POST", "/increment/acked?acks=1").json()["acks"] == 1
     short = client.ask("POST", "/increment/acked?acks=2&timeout=0.01")
     assert (short.status, short.json()["acks"], short.json()["count"]) == (202, 1, 2)
 
 
 def test_a_replay_waits_for_acks_as_well(client):
-    """It answers as the first try would have, had it been heard."""
+    """It answers as the lost first answer would have."""
     client.ask("POST", "/increment/acked-again", "Idempotency-Key: acked")
     replay = client.ask("POST", "/increment/acked-again?acks=2&timeout=0", "Idempotency-Key: acked")
     assert (replay.status, replay.json()["acks"], replay.json()["count"]) == (202, 1, 1)
@@ -429,13 +429,13 @@ def test_a_replay_waits_for_acks_as_well(client):
     "query", ["acks=0", "acks=-1", "acks=x", "acks=", "acks=1.0", "acks=1&timeout=61", "timeout=1"]
 )
 def test_acks_that_make_no_sense_are_refused(client, query):
-    """Nothing is counted then."""
+    """Nothing is counted."""
     problem(client.ask("POST", f"/increment/no-acks?{query}"), 400)
     assert client.count("no-acks") == 0
 
 
-def test_who_waits_for_acks_is_let_go_when_the_node_stops(start_local, connect):
-    """It is told how many nodes hold the increment by then."""
+def test_waiting_for_acks_ends_when_the_node_stops(start_local, connect):
+    """The answer says how many nodes hold the increment by then."""
     node = start_local()
     client = connect(node)
     client.send(request("POST", "/increment?acks=2&timeout=60"))
@@ -449,7 +449,7 @@ def test_who_waits_for_acks_is_let_go_when_the_node_stops(start_local, connect):
 
 
 def test_counters_are_listed_by_name(client, start_local, connect):
-    """With their values, whoever counted them, also those that are back at 0."""
+    """Counters of all replicas, with their values, also those that are back at 0."""
     node = start_local()
     own, peer = connect(node), connect(node)
     for path in ("/increment/b?amount=-5", "/increment/a", "/increment/a?amount=-1", "/increment/c"):
@@ -498,7 +498,7 @@ def test_a_page_has_as_many_counters_as_were_asked_for(start_local, connect, que
     ],
 )
 def test_a_bad_query_of_a_listing_is_refused(client, query):
-    """What is malformed, unknown or there twice is 400."""
+    """Malformed, unknown and repeated parameters are 400."""
     problem(client.ask("GET", f"/counts?{query}"), 400)
 
 
@@ -506,7 +506,7 @@ def test_a_bad_query_of_a_listing_is_refused(client, query):
 
 
 def test_a_node_alone_lists_itself_and_no_peer(start_local, connect):
-    """The address is the one that it listens on."""
+    """Its address is where it listens."""
     node = start_local()
     about = connect(node).ask("GET", "/peers").json()
     assert about["peers"] == []
@@ -516,7 +516,7 @@ def test_a_node_alone_lists_itself_and_no_peer(start_local, connect):
 
 
 def test_a_peer_is_listed(start_local, connect):
-    """With its id, address, state, version, silence, and how much it has yet to confirm: nothing, in the end."""
+    """With its id, address, state, version, silence, and how much it has yet to confirm."""
     first = start_local()
     second = start_local("--peers", f"127.0.0.1:{first.port}")
     client = connect(first)
@@ -532,13 +532,13 @@ def test_a_peer_is_listed(start_local, connect):
 
 
 def test_an_advertised_address_is_what_a_node_says_of_itself(start_local, connect):
-    """Instead of the one that it listens on."""
+    """Not the address it listens on."""
     node = start_local("--advertise", "Counter.Example:80")
     assert connect(node).ask("GET", "/peers").json()["self"]["address"] == "counter.example:80"
 
 
 def test_a_node_alone_is_alive_and_ready(client):
-    """It says that it is alone."""
+    """/readyz says that it is alone."""
     assert client.ask("GET", "/healthz").status == 200
     reply = client.ask("GET", "/readyz")
     assert (reply.status, reply.json()["alone"]) == (200, True)
@@ -560,7 +560,7 @@ def test_a_node_whose_seeds_are_silent_is_alive_but_not_ready(start_local, conne
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
 def test_an_unknown_path_is_404(client, path, method):
-    """Whatever the method; the connection goes on."""
+    """With every method; the connection stays open."""
     problem(client.ask(method, path), 404)
     assert client.ask("GET", "/healthz").status == 200
 
@@ -595,7 +595,7 @@ def test_an_unknown_path_is_404(client, path, method):
     ],
 )
 def test_a_near_miss_is_told_what_was_meant(client, method, path, advice):
-    """Whoever types a path by hand is told the one next to it."""
+    """A mistyped path or method is answered with the right one."""
     reply = client.ask(method, path)
     assert 400 <= reply.status < 500
     assert advice in problem(reply, reply.status)
@@ -630,7 +630,7 @@ PATHS = [
 
 @pytest.mark.parametrize(("path", "allowed"), PATHS)
 def test_a_wrong_method_is_405(client, path, allowed):
-    """The answer lists in Allow what the path takes, and methods are told apart by case."""
+    """Allow lists what the path takes; methods are case-sensitive."""
     for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW", "get", "post", "options"} - allowed:
         reply = client.ask(method, path)
         problem(reply, 405)
@@ -641,7 +641,7 @@ def test_a_wrong_method_is_405(client, path, allowed):
 
 @pytest.mark.parametrize(("path", "allowed"), [*PATHS, ("*", {"GET", "HEAD", "POST", "OPTIONS"})])
 def test_options_are_told(client, path, allowed):
-    """204 without content and with Allow."""
+    """204 with Allow and without content."""
     reply = client.ask("OPTIONS", path)
     assert (reply.status, set(reply.headers["allow"].split(", "))) == (204, allowed)
     assert not reply.headers.keys() & {"content-length", "content-type"}
@@ -697,7 +697,7 @@ def test_an_action_says_whether_it_may_wait(start_local, method, target, may_wai
     ],
 )
 def test_head_is_get_without_a_body(client, path, status):
-    """The headers are the same, the length of the body included; asking in turn changes nothing."""
+    """With the same headers, the length of the body included, in whatever order they are asked."""
 
     def described(reply):
         assert reply.status == status
@@ -712,13 +712,13 @@ def test_head_is_get_without_a_body(client, path, status):
 
 
 def test_head_says_how_long_the_body_would_be(client):
-    """For a counter at rest that is the length of the body that GET gets."""
+    """It is the length of the body that GET gets."""
     body = client.ask("GET", "/count/at-rest").body
     assert int(client.ask("HEAD", "/count/at-rest").headers["content-length"]) == len(body)
 
 
 def test_what_is_no_gossip_is_refused(client, node):
-    """A message that is signed, but damaged, changes nothing."""
+    """A signed but damaged message changes nothing."""
     for body in (b"x", b"{}", b"[" * 60_000):
         signature = f"{wire.SIGNATURE}: {node.signer.request(body)}"
         problem(client.ask("POST", wire.PATH, signature, body=body), 400)

@@ -54,7 +54,7 @@ def test_defaults():
     ],
 )
 def test_an_argument_is_taken(arguments, field, value):
-    """Addresses come in their normal spelling, and times as numbers of seconds."""
+    """Addresses are normalised, and times are numbers of seconds."""
     assert getattr(parse_arguments(arguments), field) == value
 
 

@@ -42,7 +42,7 @@ def test_a_node_whose_port_is_taken_does_not_start():
 
 
 def test_a_node_with_an_old_urllib3_does_not_start(monkeypatch, capsys):
-    """As distributions ship it: all sending would fail.  One line says what is needed, with status 1."""
+    """Some distributions ship one, and all sending would fail.  One line says what is needed; the status is 1."""
     monkeypatch.setattr(urllib3, "__version__", "1.26.18")
     monkeypatch.setattr(counter_server, "Node", None)  # would it go on, it would fail here
     assert counter_server.main(["--port", "0"]) == 1
@@ -73,7 +73,7 @@ def test_a_node_without_its_packages_says_how_to_install_them(package, tmp_path)
 
 
 def test_a_node_whose_host_is_no_name_does_not_start():
-    """The process ends with an error and one line that names the host, also where it may listen anywhere."""
+    """The process ends with an error and one line that names the host, also with --insecure."""
     ended = run("--port", "0", "--insecure", "--host", "a..b")
     assert ended.returncode in (1, 2)
     assert (ended.stdout, ended.stderr.count("\n")) == ("", 1)

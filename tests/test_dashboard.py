@@ -181,7 +181,7 @@ def page(driver, start_node):
 
 
 def test_only_the_page_itself_may_run(start_node):
-    """The policy allows the very script and style in the file, and no other network than its node."""
+    """The policy allows exactly the script and style in the file, and requests to its node."""
     answer = start_node().ask("GET", "/")
     assert (answer.status, answer.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
     policy = dict(part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; "))
@@ -196,7 +196,7 @@ def test_only_the_page_itself_may_run(start_node):
 
 
 def test_the_count_goes_up(page, start_node):
-    """By the large button and by the one beside a name; what becomes of it is said aloud."""
+    """By the large button and by the one beside a name; a screen reader is told the result."""
     node = start_node()
     node.increment("/increment/visits?amount=1233")
     page.open(node)
@@ -210,7 +210,7 @@ def test_the_count_goes_up(page, start_node):
 
 
 def test_the_page_works_behind_a_proxy_under_a_path_of_its_own(page, start_node, start_proxy):
-    """All that it asks for, and leads to, is beside it."""
+    """All its requests and links stay under that path."""
     node = start_node()
     node.increment("/increment/visits")
     page.open(start_proxy(node))
@@ -222,7 +222,7 @@ def test_the_page_works_behind_a_proxy_under_a_path_of_its_own(page, start_node,
 
 
 def test_an_increment_without_an_answer_is_sent_again_until_there_is_one(page, start_node, start_proxy):
-    """Under one key, so that it counts once, however often it was counted and the answer lost."""
+    """Always with the same key, so it counts once, however many answers are lost."""
     node = start_node()
     proxy = start_proxy(node)
     page.resize(*PHONE)
@@ -237,7 +237,7 @@ def test_an_increment_without_an_answer_is_sent_again_until_there_is_one(page, s
 
 
 def test_increments_wait_for_a_node_that_is_away(page, start_cluster, start_node):
-    """Each of them is counted once when it is back."""
+    """Each is counted once when the node is back."""
     one, two = start_cluster(2)
     page.open(one)
     one.kill()
@@ -251,7 +251,7 @@ def test_increments_wait_for_a_node_that_is_away(page, start_cluster, start_node
 
 
 def test_a_name_is_shown_large(page, start_node):
-    """By choosing it from the list, or by the part of the address behind #; with a rate."""
+    """One chosen from the list, or named in the address after #, is shown with its rate."""
     node = start_node()
     for path in ("/increment/a?amount=7", "/increment/b?amount=-9007199254740991", "/increment/b?amount=-9"):
         node.increment(path)
@@ -268,7 +268,7 @@ def test_a_name_is_shown_large(page, start_node):
 
 
 def test_the_cluster_is_shown(page, start_cluster):
-    """Increments at another node, peers with their state, and who this node is."""
+    """Increments at another node, peers with their state, and this node's own id and address."""
     one, two, three = start_cluster(3)
     page.open(one)
     two.increment("/increment?amount=42")
@@ -289,7 +289,7 @@ def test_the_cluster_is_shown(page, start_cluster):
 
 
 def test_the_page_recovers_when_its_node_is_back(page, start_cluster, start_node):
-    """It says that the node is gone, and goes on by itself with what the node then counts."""
+    """It says that the node is gone, and goes on by itself when it is back."""
     one, two = start_cluster(2)
     one.increment()
     wait_until(lambda: two.count() == 1)
@@ -304,12 +304,12 @@ def test_the_page_recovers_when_its_node_is_back(page, start_cluster, start_node
     wait_until(lambda: page.text("live") == "live" and not page.element("gone").is_displayed())
     assert page.said() == "This node answers again"
     wait_until(lambda: page.text("count") == "2" and page.text("self-id") != id)
-    # The browser itself reports every request that found nobody.
+    # The browser itself reports every failed request.
     assert all("net::ERR_" in message for message in page.errors())
 
 
 def test_thousands_of_counters_are_searched_and_turned_over(page, start_node):
-    """A page of them at a time, from the node; a name that there is not can be made."""
+    """The node sends a page at a time; a name that does not exist yet can be created."""
     node = start_node()
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", node.port, timeout=10)) as connection:
         for i in range(5000):
@@ -339,7 +339,7 @@ def test_thousands_of_counters_are_searched_and_turned_over(page, start_node):
 
 
 def test_pages_are_turned_one_by_one_however_fast(page, start_node):
-    """A click before the answer to the one before counts for nothing, and the focus stays on the button."""
+    """A click before the last one was answered is ignored, and the focus stays on the button."""
     node = start_node()
     for i in range(41):
         node.increment(f"/increment/c{i:02}")
@@ -358,7 +358,7 @@ def test_pages_are_turned_one_by_one_however_fast(page, start_node):
 
 
 def test_what_was_not_counted_is_said_where_it_is_seen(page, start_node):
-    """For as long as it takes to read it, or until something is counted."""
+    """For long enough to read it, or until an increment succeeds."""
     node = start_node("--max-counters", "1")
     node.increment("/increment/a")
     page.resize(*PHONE)
@@ -375,7 +375,7 @@ def test_what_was_not_counted_is_said_where_it_is_seen(page, start_node):
 
 
 def test_everything_can_be_reached_by_keyboard(page, start_node):
-    """In the order it is shown, each with a name that says what it does, and the focus stays."""
+    """In the order shown, each with a name that says what it does; the focus stays."""
     node = start_node()
     node.increment("/increment/visits")
     page.open(node)
@@ -404,8 +404,8 @@ def test_everything_can_be_reached_by_keyboard(page, start_node):
     assert page.driver.switch_to.active_element == button
 
 
-def test_nobody_is_asked_while_nobody_looks(page, start_node):
-    """A hidden tab asks the node nothing, and goes on when it is seen again."""
+def test_a_hidden_page_asks_nothing(page, start_node):
+    """A hidden tab sends no requests, and goes on when it is seen again."""
     node = start_node()
     page.open(node)
     seen = page.driver.current_window_handle
@@ -428,7 +428,7 @@ def test_nobody_is_asked_while_nobody_looks(page, start_node):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
 def test_nothing_is_cut_and_nothing_overlaps(page, start_node, size, scheme):
-    """On a phone and on a desk, in light and dark, with names and counts as long as they get."""
+    """On a phone and on a desktop, light and dark, with the longest names and counts."""
     node = start_node()
     for host in ("counter-0.counter-nodes.default.svc.cluster.local", "[2001:db8:1234:5678:9abc:def0:1234:5678]"):
         start_node("--advertise", f"{host}:8080", peers=[node])

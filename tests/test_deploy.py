@@ -57,7 +57,7 @@ def command_lines():
 
 @pytest.mark.parametrize("arguments", list(command_lines()), ids=" ".join)
 def test_a_command_line_is_accepted(arguments, tmp_path):
-    """It listens for other machines, with a secret, and has peers."""
+    """It listens beyond loopback, with a secret, and has peers."""
     secret = tmp_path / "secret"
     secret.write_text("deployed")
     secret.chmod(0o400)
@@ -68,7 +68,7 @@ def test_a_command_line_is_accepted(arguments, tmp_path):
 
 
 def test_systemd_accepts_the_unit(tmp_path):
-    """Without a warning, and as one that is exposed little."""
+    """Without a warning, and with a low exposure score."""
     require_tools("systemd-analyze")
     unit = tmp_path / UNIT.name
     unit.write_text(UNIT.read_text().replace("/opt/counter-server/bin/counter-server", sys.executable))
@@ -80,7 +80,7 @@ def test_systemd_accepts_the_unit(tmp_path):
 
 
 def test_compose_accepts_its_file():
-    """It follows the schema of the Compose Specification."""
+    """It follows the schema of the Compose specification."""
     checked = run(
         sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", "deploy/compose.yaml"
     )
@@ -94,7 +94,7 @@ def test_kubernetes_accepts_its_resources(document):
 
 
 def test_kubernetes_finds_what_the_resources_name():
-    """Services select the pods, seeds are the headless service, probes and secret are where the node has them."""
+    """Services select the pods, the seeds are the headless service, and probes and secret match the node."""
     pod = stateful_set()["spec"]["template"]
     named = {document["metadata"]["name"]: document for document in documents()}
     services = {name: document["spec"] for name, document in named.items() if document["kind"] == "Service"}
@@ -114,7 +114,7 @@ def test_kubernetes_finds_what_the_resources_name():
 
 
 def test_a_probe_may_restart_one_pod_but_never_all():
-    """It takes minutes without an answer, longer than what strikes all pods at once."""
+    """Only after minutes without an answer, longer than a flood or a slow network lasts."""
     startup, liveness = container()["startupProbe"], container()["livenessProbe"]
     assert startup["httpGet"] == liveness["httpGet"]
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 60
@@ -151,7 +151,7 @@ def keys(number):
 
 
 def test_the_memory_limit_holds_what_the_flags_allow():
-    """By the formula beside it, whose figures are those of the real objects."""
+    """It follows from the formula beside it, whose figures bound those of the real objects."""
     text = (DEPLOY / "kubernetes.yaml").read_text()
     base, per_counter, per_key, per_connection = (
         float(re.search(pattern, text)[1]) * unit
@@ -180,7 +180,7 @@ def test_the_memory_limit_holds_what_the_flags_allow():
 
 
 def test_the_image_has_what_the_project_is_made_of():
-    """Every module and page is installed, and none of it is kept from the build."""
+    """Every module and page is installed, and none is missing from the build's context."""
     setup = configparser.ConfigParser()
     setup.read(PROJECT / "setup.cfg")
     modules = {path.stem for path in PROJECT.glob("*.py")}

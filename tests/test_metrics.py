@@ -59,7 +59,7 @@ def requests_to(found, route, status):
 
 
 def test_every_metric_is_conventional(connect):
-    """Each has HELP and TYPE, base units, and _total where and only where it counts."""
+    """Each has HELP and TYPE and base units; counters, and only counters, end in _total."""
     connection = connect()
     ask(connection, "POST", "/increment")
     families = list(text_string_to_metric_families(ask(connection, "GET", "/metrics")[1]))
@@ -94,7 +94,7 @@ def test_what_is_counted_is_exposed(connect):
 
 
 def test_only_so_many_counters_are_exposed_one_by_one(connect, node, monkeypatch):
-    """The first by name; all of them are in the number of counters."""
+    """Only the first by name; counter_counters has the number of all."""
     monkeypatch.setattr(exposition, "NAMED_MAX", 3)
     for name in "edcba":
         node.counter.increment(name)
@@ -104,7 +104,7 @@ def test_only_so_many_counters_are_exposed_one_by_one(connect, node, monkeypatch
 
 
 def test_every_request_is_counted_by_route_and_status(connect):
-    """Also one that repeats the one before, one that is refused, and one to no path at all."""
+    """Also a repeated one, a refused one, and one to an unknown path."""
     connection = connect()
     for path in [*["/count/x"] * 200, "/count/x?bad", "/nowhere", "/increments/00000000-0000-8000-8000-000000000001"]:
         ask(connection, "GET", path)
@@ -124,7 +124,7 @@ def test_every_request_is_counted_by_route_and_status(connect):
 
 @pytest.mark.parametrize("headers", [{}, {"Origin": "https://a.example"}])
 def test_a_repeated_request_is_counted_by_its_own_status(node, connect, monkeypatch, headers):
-    """The same bytes may be answered with another status than before, also to a page of another site."""
+    """The same bytes may get another status than before, also with CORS headers."""
     connection, path = connect(), f"/increments/{node.counter.replica}-8000-000000000001"
     assert [ask(connection, "GET", path, **headers)[0].status for _ in range(3)] == [404, 404, 404]
     node.counter.increment("first")
@@ -137,7 +137,7 @@ def test_a_repeated_request_is_counted_by_its_own_status(node, connect, monkeypa
 
 
 def test_a_bug_is_counted_as_500(node, connect, monkeypatch, caplog):
-    """On the route it is in, whether it was met before or not."""
+    """On its route, whether or not an earlier request used that."""
     connection = connect()
     assert ask(connection, "GET", "/count")[0].status == 200
     monkeypatch.setattr(node.counter, "value", lambda name: 1 / 0)
@@ -147,7 +147,7 @@ def test_a_bug_is_counted_as_500(node, connect, monkeypatch, caplog):
 
 
 def test_what_a_connection_counted_outlives_it(node, connect):
-    """Requests are counted for good, connections while they are open."""
+    """Requests are counted for good, connections only while open."""
     closed, open = connect(), connect()
     ask(closed, "GET", "/count")
     ask(open, "GET", "/count")
@@ -160,7 +160,7 @@ def test_what_a_connection_counted_outlives_it(node, connect):
 
 
 def test_the_durations_are_a_histogram(connect):
-    """Cumulative, with as many requests as were timed or stood for."""
+    """It is cumulative, and its count is that of all requests, timed or not."""
     connection = connect()
     for _ in range(3 * TIMED_ONE_IN + 1):
         ask(connection, "GET", "/count")
@@ -174,7 +174,7 @@ def test_the_durations_are_a_histogram(connect):
 
 
 def test_a_duration_falls_into_its_bucket():
-    """The bounds belong to what is below them, and what is slower than all is counted too."""
+    """A bound belongs to the bucket below it; the last bucket has no bound."""
     tally = Tally()
     for seconds in (0.0, *BUCKETS_S, 1000.0):
         tally.count(OK, seconds)
@@ -184,7 +184,7 @@ def test_a_duration_falls_into_its_bucket():
 
 
 def test_totals_are_of_open_and_ended_connections():
-    """They belong to who asked: what is counted later does not change them."""
+    """The caller owns them: later requests do not change them."""
     requests = Requests()
     first, second = requests.open(), requests.open()
     first.of("/a").count(OK, 1.0)
@@ -203,7 +203,7 @@ def test_totals_are_of_open_and_ended_connections():
 
 
 def test_scraping_disturbs_no_connection():
-    """While threads count without a lock, every total is as great as the one before, and the last is exact."""
+    """While threads count without a lock, totals never shrink, and the last is exact."""
     requests, seen = Requests(), []
 
     def connection(number):
@@ -223,7 +223,7 @@ def test_scraping_disturbs_no_connection():
 
 
 def test_a_cluster_tells_of_its_peers(start_cluster):
-    """Active and lost ones, what each has yet to confirm, and what it took to tell them."""
+    """Active and lost peers, what each has yet to confirm, and the messages it took."""
     one, two, three = start_cluster(3)
     one.increment()
     wait_until(lambda: two.count() == three.count() == 1)
@@ -248,7 +248,7 @@ def test_a_cluster_tells_of_its_peers(start_cluster):
 
 
 def test_what_a_joiner_is_told_counts_as_sent(start_node):
-    """It asks, and gets everything with the answer."""
+    """A joiner gets everything with the answer to its first comparison."""
     one = start_node()
     one.increment()
     two = start_node(peers=[one])
