@@ -6,15 +6,12 @@
 Routes use the parts of a node and know nothing of sockets.
 """
 
-import difflib
-import itertools
 import json
 import math
 import re
 import time
 
 from counter import (
-    NAME,
     KeyReused,
     TooManyCounters,
     TooManyKeys,
@@ -24,40 +21,22 @@ from counter import (
     exposition,
     http1,
     increment_id,
-    metrics,
     parameters,
     wire,
 )
 from counter.http1 import Refused, unavailable
+from counter.routing import Router, action, refusing, with_headers
 from counter.serving import STOPPING
 from counter.wire import same_signature
 from replication import WrongSignature
 
 BODY_MAX = 64 * 1024  # bytes of a public request's body
-READ, ADD = "GET /count[/NAME] reads a counter", "POST /increment[/NAME] adds to a counter"
-INSTEAD = {"/increment": READ, "/count": ADD, "/counts": ADD}  # route -> what a wrong method most likely meant
-TRY = "try POST /increment[/NAME], GET /count[/NAME] and GET /peers"
 
 _UUID7 = re.compile(r"([0-9a-f]{8})-([0-9a-f]{4})-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z", re.IGNORECASE)
 
 
-def action(may_wait=True):
-    """Turn a function of (body, connection) into an action.
-
-    It returns the bytes of a response, or an iterable of pieces of which the first has the whole head;
-    or it raises Refused.  One with `may_wait` False answers in microseconds and in few bytes, so a
-    thread that serves many connections can run it.
-    """
-
-    def mark(function):
-        function.may_wait = may_wait
-        return function
-
-    return mark
-
-
 class Api:
-    """The routes.  Each is a method of (head, the last part of a named path) and returns an action."""
+    """The routes of a node, and what the server asks about a request."""
 
     # Always served, even at --max-connections: peer messages and health checks.  An orchestrator whose
     # probes fail on every overloaded node at once would restart them all and lose the counts.
@@ -72,9 +51,12 @@ class Api:
         self._readiness = readiness  # () -> (ready, alone)
         self._tokens = tokens  # Tokens, or None: every client may do anything
         self._started, self._started_at = time.monotonic(), time.time()
-        self._routes = {  # path -> {method: route}; a GET serves HEAD as well
+        routes = {
             "/increment": {"POST": self._increment},
+            "/increment/NAME": {"POST": self._increment},
             "/count": {"GET": self._count},
+            "/count/NAME": {"GET": self._count},
+            "/increments/NAME": {"GET": self._increment_status},
             "/counts": {"GET": self._counts},
             "/peers": {"GET": self._peers},
             "/healthz": {"GET": self._healthz},
@@ -83,16 +65,11 @@ class Api:
             "/": {"GET": self._dashboard},
             wire.PATH: {"POST": self._message},
         }
-        self._named_routes = {  # path up to its last part, which the route is called with
-            "/increment/": {"POST": self._increment},
-            "/count/": {"GET": self._count},
-            "/increments/": {"GET": self._increment_status},
-        }
+        self._router = Router(routes, hidden=("/", wire.PATH))
 
     def route_of(self, path):
         """Return the path by which requests are counted, one of few."""
-        parent = path.rpartition("/")[0]
-        return path if path in self._routes else parent if f"{parent}/" in self._named_routes else metrics.OTHER
+        return self._router.path_of(path)
 
     def body_max(self, head):
         """Return how many bytes the body of a request may have.
@@ -120,14 +97,14 @@ class Api:
         try:
             answer = self._admitted(head)
         except Refused as refused:
-            answer = _refusing(refused)
-        return _with_headers(answer, lines)
+            answer = refusing(refused)
+        return with_headers(answer, lines)
 
     def _admitted(self, head):
         """Return what answers a request, for as long as its token is good."""
         if not self._tokens or head.path in self.open_paths or head.method == "OPTIONS":
-            return self._route(head)
-        access, answer = self._tokens.access(head), self._route(head)
+            return self._router.action(head)
+        access, answer = self._tokens.access(head), self._router.action(head)
 
         @action(may_wait=answer.may_wait)
         def check_again(body, connection):
@@ -138,44 +115,6 @@ class Api:
     def _counter_for(self, head):
         """Return the Counter as the client that sends this may increment it; Refused if it may not."""
         return self._tokens.access(head).limited(self._counter) if self._tokens else self._counter
-
-    def _route(self, head):
-        parent, slash, last = head.path.rpartition("/")
-        if head.path in self._routes:
-            routes, arguments = self._routes[head.path], ()
-        elif parent + slash in self._named_routes:
-            routes, arguments = self._named_routes[parent + slash], (last,)
-        elif head.path == "*" and head.method == "OPTIONS":
-            routes, arguments = {"GET": None, "POST": None}, ()
-        else:
-            raise Refused(404, f"no such path; {self._nearest(head.path)}")
-        route = routes.get("GET" if head.method == "HEAD" else head.method)
-        if route:
-            return route(head, *arguments)
-        allowed = ", ".join([*routes, *(["HEAD"] if "GET" in routes else []), "OPTIONS"])
-        if head.method == "OPTIONS":
-            return _allowing(allowed)
-        instead = INSTEAD.get(self.route_of(head.path))
-        advice = f"this path takes {allowed}" + (f"; {instead}" if instead else "")
-        raise Refused(405, advice, [("Allow", allowed)])
-
-    def _nearest(self, path):
-        """Return what was most likely meant by a path that does not exist."""
-        first, _, rest = path.strip("/").partition("/")
-        first = first.lower()
-        known = {path.strip("/"): path for path in self._routes if path not in ("/", wire.PATH)}
-        if first in ("decrement", "dec"):
-            name = f"/{rest}" if NAME.match(rest) else ""
-            return f"POST /increment{name}?amount=-1 decrements"
-        if "/" in rest and f"/{first}/" in self._named_routes:
-            return "a counter's name has no slash; use one of . _ : -"
-        near = difflib.get_close_matches(first[:32], known, n=1, cutoff=0.5)
-        return f"did you mean {self._spelled(known[near[0]])}?" if near else TRY
-
-    def _spelled(self, path):
-        """Return how a path is used, as in POST /increment[/NAME]."""
-        method = next(iter(self._routes[path]))
-        return f"{method} {path}" + ("[/NAME]" if f"{path}/" in self._named_routes else "")
 
     def _increment(self, head, name="default"):
         name = parameters.name(name)
@@ -359,37 +298,6 @@ class Api:
 
 def _json(fields):
     return http1.ok(json.dumps(fields) + "\n")
-
-
-def _refusing(refused):
-    @action(may_wait=False)
-    def refuse(_body, _connection):
-        raise refused
-
-    return refuse
-
-
-def _allowing(allowed):
-    @action(may_wait=False)
-    def options(_body, _connection):
-        return http1.response(204, b"", headers=[("Allow", allowed)])
-
-    return options
-
-
-def _with_headers(inner, lines):
-    """Return the action with further header lines in its response, also where it refuses."""
-
-    @action(may_wait=inner.may_wait)
-    def answer(body, connection):
-        try:
-            response, further = http1.opened(inner(body, connection))
-        except Refused as refused:
-            response, further = refused.response(), ()
-        response = http1.with_header(response, lines)
-        return itertools.chain([response], further) if further else response
-
-    return answer
 
 
 def _not_counted(error):

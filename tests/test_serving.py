@@ -497,7 +497,7 @@ def test_a_page_of_an_allowed_site_may_get_an_answer_in_pieces(start_local, conn
     """The headers that allow it are in the first piece."""
     node = start_local("--cors-origin", "https://a.example")
     in_pieces = action()(lambda *_: iter([http1.response(200, b"a"), b""]))
-    monkeypatch.setattr(node.server.api, "_route", lambda head: in_pieces)
+    monkeypatch.setattr(node.server.api._router, "action", lambda head: in_pieces)
     reply = connect(node).ask("GET", "/count", "Origin: https://a.example")
     assert (reply.headers["access-control-allow-origin"], reply.body) == ("https://a.example", b"a")
 

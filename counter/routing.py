@@ -1,0 +1,124 @@
+"""From the head of a request to the action that answers it; and without a route, what was most likely meant.
+
+A *route* is a function of (head, the last part of a named path).  It checks everything that the head
+says and returns an *action*, a function of (body, connection) that answers the request, and that is
+called again when the same head comes again.  What the routes do is the business of the table's owner.
+"""
+
+import difflib
+import itertools
+
+from counter import http1, metrics
+from counter.http1 import Refused
+from counter.state import NAME
+
+READ, ADD = "GET /count[/NAME] reads a counter", "POST /increment[/NAME] adds to a counter"
+INSTEAD = {"/increment": READ, "/count": ADD, "/counts": ADD}  # path -> what a wrong method most likely meant
+TRY = "try POST /increment[/NAME], GET /count[/NAME] and GET /peers"
+TYPED_MAX = 32  # characters of an unknown path that are compared with known ones
+SIMILAR = 0.5  # how much they must have in common: 0 is nothing, 1 is everything
+
+
+def action(may_wait=True):
+    """Turn a function of (body, connection) into an action.
+
+    It returns the bytes of a response, or an iterable of pieces of which the first has the whole head;
+    or it raises Refused.  One with `may_wait` False answers in microseconds and in few bytes, so a
+    thread that serves many connections can run it.
+    """
+
+    def mark(function):
+        function.may_wait = may_wait
+        return function
+
+    return mark
+
+
+def refusing(refused):
+    """Return the action that raises this Refused."""
+
+    @action(may_wait=False)
+    def refuse(_body, _connection):
+        raise refused
+
+    return refuse
+
+
+def with_headers(inner, lines):
+    """Return an action with further header lines, as bytes, in its response, also where it refuses."""
+
+    @action(may_wait=inner.may_wait)
+    def answer(body, connection):
+        try:
+            response, further = http1.opened(inner(body, connection))
+        except Refused as refused:
+            response, further = refused.response(), ()
+        response = http1.with_header(response, lines)
+        return itertools.chain([response], further) if further else response
+
+    return answer
+
+
+class Router:
+    """A table of routes, {path: {method: route}}; a path that ends in /NAME stands for every last part.
+
+    GET serves HEAD as well.  The paths in `hidden` are never suggested.
+    """
+
+    def __init__(self, table, hidden=()):
+        self._exact = {path: routes for path, routes in table.items() if not path.endswith("/NAME")}
+        self._named = {path.removesuffix("NAME"): routes for path, routes in table.items() if path.endswith("/NAME")}
+        self._known = {path.strip("/"): path for path in self._exact if path not in hidden}
+
+    def path_of(self, path):
+        """Return the path, one of few, by which requests to this path are counted: of the table, without /NAME."""
+        if path in self._exact:
+            return path
+        parent = path.rpartition("/")[0]
+        return parent if f"{parent}/" in self._named else metrics.OTHER
+
+    def action(self, head):
+        """Return the action that answers a request; Refused if there is none."""
+        parent, slash, last = head.path.rpartition("/")
+        if head.path in self._exact:
+            routes, arguments = self._exact[head.path], ()
+        elif parent + slash in self._named:
+            routes, arguments = self._named[parent + slash], (last,)
+        elif head.path == "*" and head.method == "OPTIONS":
+            routes, arguments = {"GET": None, "POST": None}, ()
+        else:
+            raise Refused(404, f"no such path; {self._nearest(head.path)}")
+        route = routes.get("GET" if head.method == "HEAD" else head.method)
+        if route:
+            return route(head, *arguments)
+        allowed = ", ".join([*routes, *(["HEAD"] if "GET" in routes else []), "OPTIONS"])
+        if head.method == "OPTIONS":
+            return _allowing(allowed)
+        instead = INSTEAD.get(self.path_of(head.path))
+        advice = f"this path takes {allowed}" + (f"; {instead}" if instead else "")
+        raise Refused(405, advice, [("Allow", allowed)])
+
+    def _nearest(self, path):
+        """Return what was most likely meant by a path that does not exist."""
+        first, _, rest = path.strip("/").partition("/")
+        first = first.lower()
+        if first in ("decrement", "dec"):
+            name = f"/{rest}" if NAME.match(rest) else ""
+            return f"POST /increment{name}?amount=-1 decrements"
+        if "/" in rest and f"/{first}/" in self._named:
+            return "a counter's name has no slash; use one of . _ : -"
+        near = difflib.get_close_matches(first[:TYPED_MAX], self._known, n=1, cutoff=SIMILAR)
+        return f"did you mean {self._spelled(self._known[near[0]])}?" if near else TRY
+
+    def _spelled(self, path):
+        """Return how a path is used, as in POST /increment[/NAME]."""
+        method = next(iter(self._exact[path]))
+        return f"{method} {path}" + ("[/NAME]" if f"{path}/" in self._named else "")
+
+
+def _allowing(allowed):
+    @action(may_wait=False)
+    def options(_body, _connection):
+        return http1.response(204, b"", headers=[("Allow", allowed)])
+
+    return options
