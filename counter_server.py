@@ -8,6 +8,7 @@ peer table, `retry-worker-N` send to peers; the main thread waits for a signal.
 """
 
 import importlib.util
+import shlex
 import signal
 import sys
 
@@ -16,7 +17,8 @@ if __name__ == "__main__":
     for package in ("requests", "urllib3"):
         if importlib.util.find_spec(package) is None:
             install = "python3 -m venv .venv && .venv/bin/pip install -q requests"
-            sys.exit(f"counter_server.py: {package} is not installed; run {install}")
+            again = f"{install} && .venv/bin/python {shlex.join(sys.argv)}"
+            sys.exit(f"counter_server.py: {package} is not installed; run {again}")
 
 import ipaddress
 import logging

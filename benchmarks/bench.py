@@ -126,7 +126,7 @@ def start_node(peers=(), flags=()):
         try:
             yield Node(node, log, started)
         finally:
-            node.kill()  # there is nothing worth handing over
+            node.kill()  # nothing is worth handing over
 
 
 @contextlib.contextmanager
@@ -185,7 +185,7 @@ def serve_plainly(listener):
 
 
 def serve_fixed_bytes(listener):
-    """Do the least that a thread per connection can: what is beyond its figures is this machine's and Python's."""
+    """Do the least that a thread per connection can do: no Python server with threads is faster here."""
     body = b'{"name": "default", "count": 1}\n'
     answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
@@ -213,7 +213,7 @@ def wait_until(condition, what):
 
 
 def check(count, before, load):
-    """Failed unless all that was answered was counted, and nothing but what was sent."""
+    """Raise Failed unless everything answered was counted, and nothing that was not sent."""
     least, most = before + load.answered, before + load.answered + load.in_flight
     if not least <= count <= most:
         raise Failed(f"the count is {count}, right is {least} to {most}")
@@ -314,7 +314,7 @@ def measure_lag(options):
 def measure_memory(options):
     """One node, before and after --increments."""
     with cluster(1) as nodes:
-        load_by_sockets([nodes[0].port], 32, GET, requests=2_000)  # threads and their buffers are no increments
+        load_by_sockets([nodes[0].port], 32, GET, requests=2_000)  # so that threads and their buffers exist already
         before = nodes[0].rss_bytes()
         load = load_by_sockets([nodes[0].port], 32, POST, requests=options.increments)
         converge(nodes, 0, load)
@@ -449,7 +449,7 @@ def parse_arguments():
 
 def interrupt(*_):
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # ending what was started is not to be cut short
+        signal.signal(number, signal.SIG_IGN)  # so that all processes are ended
     raise KeyboardInterrupt
 
 

@@ -22,7 +22,7 @@ import time
 from collections import namedtuple
 
 HOST = "127.0.0.1"
-END = b"}\n"  # every answer of every server here ends so, and has this nowhere else
+END = b"}\n"  # every answer of every server here ends with this, and has it nowhere else
 LOAD_PROCESSES = max(2, (os.cpu_count() or 1) // 2)  # the servers need the other cores
 LOAD_MAX_S = 300.0  # for a load that is given as a number of requests
 PATIENCE_S = 60.0  # for anything else
@@ -68,7 +68,7 @@ def ask(sock, request):
 
 
 def run_uninterrupted(function, *arguments):
-    """Run a function in a process of this program, which alone handles signals."""
+    """Run a function in a child process that ignores signals: the program ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     function(*arguments)
@@ -101,7 +101,7 @@ def load_by_sockets(ports, connections, request, seconds=LOAD_MAX_S, requests=No
             receiver, sender = fork.Pipe(duplex=False)
             share = math.inf if requests is None else requests * (i + 1) // number - requests * i // number
             stack.enter_context(process(drive, targets[i::number], as_bytes(request), seconds, share, barrier, sender))
-            sender.close()  # the other end is the process's: when that ends, so does the pipe
+            sender.close()  # the child has the other end: when the child ends, the pipe does
             pipes.append(stack.enter_context(receiver))
         for pipe in pipes:
             if not pipe.poll(seconds + PATIENCE_S):
@@ -119,7 +119,7 @@ def load_by_sockets(ports, connections, request, seconds=LOAD_MAX_S, requests=No
 
 
 def drive(ports, request, seconds, requests, barrier, results):
-    """Be one process of the load: send its part of what there is to report down the pipe `results`."""
+    """Run as one process of the load, and report its part through the pipe `results`."""
     sockets, sent, incomplete, latencies = {}, {}, {}, array.array("d")
     started, error = time.monotonic(), None
     try:
@@ -156,7 +156,7 @@ def drive(ports, request, seconds, requests, barrier, results):
 
 
 def load_by_wrk(ports, connections, request, seconds):
-    """Do the same by one wrk for each port, for whole seconds; the latencies are those of the slowest."""
+    """Do the same with one wrk per port, for whole seconds; latencies are those of the slowest."""
     method, path = request.split()
     script = f"""
         wrk.method = "{method}"

@@ -91,7 +91,7 @@ def run_until(network, condition, step_s, limit_s):
 
 
 def all_listed(network):
-    """Return whether every live node lists every other one, and nobody else."""
+    """Return whether every live node lists exactly the other live ones."""
     nodes = network.alive()
     return all(len(node.table.active()) == len(nodes) - 1 for node in nodes)
 
@@ -180,7 +180,7 @@ def life(nodes, seed, args):
 
 
 def loss(nodes, seed, args):
-    """Return how often a live node is removed while much of what is sent gets lost."""
+    """Return how often a live node is removed while many messages are lost."""
     network = Links(seed, args)
     bar = Progress(f"N={nodes} seed={seed} loss", args.loss_seconds + 20)
     cold_start(network, nodes)
@@ -214,7 +214,7 @@ def table(results):
 
 
 def median(results, size, name):
-    """Return the median of a figure over all seeds; None if nobody measured it."""
+    """Return the median of a figure over all seeds; None if no run has it."""
     found = [figures[name] for key, figures in results.items() if key.split()[0] == str(size) and name in figures]
     return statistics.median([float("inf") if value is None else value for value in found]) if found else None
 
@@ -289,7 +289,7 @@ def parse(arguments):
 def main(arguments=None):
     args = parse(arguments)
     logging.disable(logging.CRITICAL)
-    gc.disable()  # nothing here makes cycles worth looking for, and there are millions of objects
+    gc.disable()  # cycles are rare here, and there are millions of objects to look at
     results = json.loads(args.save.read_text()) if args.save and args.save.exists() else {}
     for nodes in args.nodes:
         for seed in args.seeds:

@@ -16,7 +16,7 @@ from peers import PeerTable
 
 INTERVAL_S, TIMEOUT_S = 1.0, 5.0  # the defaults of the command line
 READ_TIMEOUT_S = 1.0
-SAMPLE = 397  # one message in so many is encoded where only the size is wanted; a prime, to be in step with nothing
+SAMPLE = 397  # one message in so many is encoded for its size; prime, so that it stays out of step
 
 
 class SimulatedNode:
@@ -171,7 +171,7 @@ class Network:
         return decode(sent) if self.as_json else sent
 
     def _deliveries(self, sender, receiver):
-        """Return after how long a message arrives, once for every time it does."""
+        """Return the delays after which a message arrives: none, one, or two if it is repeated."""
         if (sender, receiver) in self.cut or self.rng.random() < self.loss:
             return []
         copies = 2 if self.rng.random() < self.repeat else 1

@@ -57,7 +57,7 @@ def test_a_node_without_its_packages_says_how_to_install_them(package, tmp_path)
     for other in {"requests", "urllib3"} - {package}:
         (tmp_path / f"{other}.py").touch()
     ended = subprocess.run(
-        [sys.executable, "-S", "counter_server.py"],  # -S: without the installed packages
+        [sys.executable, "-S", "counter_server.py", "--port", "8080"],  # -S: without the installed packages
         cwd=PROJECT,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
@@ -68,7 +68,7 @@ def test_a_node_without_its_packages_says_how_to_install_them(package, tmp_path)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
     assert ended.stderr.startswith(f"counter_server.py: {package} is not installed; ")
     command = ended.stderr.partition("; run ")[2].strip()
-    assert command.endswith("pip install -q requests")
+    assert command.endswith("pip install -q requests && .venv/bin/python counter_server.py --port 8080")
     assert command in (PROJECT / "README.md").read_text()
 
 
