@@ -176,12 +176,23 @@ def create(path, cluster):
             db.execute(statement)
         db.execute("INSERT INTO meta VALUES ('cluster', ?)", (cluster,))
         db.execute("COMMIT")
+        db.execute("PRAGMA journal_mode = WAL")
     os.replace(new, path)
     folder = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _connect_to_read(path):
+    try:
+        return connect(path, "mode=ro")
+    except sqlite3.OperationalError:
+        # Without room beside it, or the right to write there, it can be read as long as it needs no recovery.
+        if not _size(log_of(path)) and not _size(f"{os.path.realpath(path)}-journal"):
+            return connect(path, "immutable=1")
+    return connect(path, "mode=rw")  # which may recover what read-only it may not
 
 
 class Reader:
@@ -193,13 +204,7 @@ class Reader:
     def __init__(self, path, cluster=None):
         self._path = path
         with self._refusals():
-            try:
-                self._db = connect(path, "mode=ro")
-            except sqlite3.OperationalError:
-                # Without room or the right to write beside it, it can be read as long as it has no log.
-                if _size(log_of(path)):
-                    raise
-                self._db = connect(path, "immutable=1")
+            self._db = _connect_to_read(path)
             try:
                 self._db.execute("BEGIN")
                 self.cluster = check(self._db, path, cluster)

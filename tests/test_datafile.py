@@ -220,6 +220,23 @@ def test_a_backup_is_made_beside_an_open_writer(path, writer, tmp_path):
     assert read(backup) == read(path)
 
 
+def test_a_transaction_that_a_crash_interrupted_without_a_log_is_rolled_back(path, tmp_path):
+    """It has a journal instead, where a backup was about to get its log."""
+    right = written(path)
+    cut_short = str(tmp_path / "cut-short.db")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for statement in (
+            "PRAGMA journal_mode = DELETE",
+            "PRAGMA cache_size = 1",
+            "BEGIN",
+            "UPDATE entry SET total = 0",
+        ):
+            db.execute(statement)
+        for suffix in ("", "-journal"):
+            shutil.copy(path + suffix, cut_short + suffix)
+    assert read(cut_short) == right
+
+
 # What is not a data file, or not one of these.
 
 
