@@ -44,8 +44,9 @@ class Api:
     # Open to clients without a token: probes, and the page, which knows nothing and asks for one.
     open_paths = frozenset({wire.PATH, "/healthz", "/readyz", "/"})
 
-    def __init__(self, config, counter, table, gossip, replicator, signer, server, readiness, tokens):
+    def __init__(self, config, counter, table, gossip, replicator, signer, server, store, readiness, tokens):
         self._cors_origins, self._window_s = config.cors_origin, config.idempotency_window
+        self._store, self._fsync = store, config.fsync  # the store is None without --data
         self._counter, self._table, self._gossip = counter, table, gossip
         self._replicator, self._signer, self._server = replicator, signer, server
         self._readiness = readiness  # () -> (ready, alone)
@@ -118,16 +119,17 @@ class Api:
 
     def _increment(self, head, name="default"):
         name = parameters.name(name)
-        query = http1.parse_query(head.query, ("amount", "acks", "timeout"))
+        query = http1.parse_query(head.query, ("amount", "acks", "durable", "timeout"))
         amount = parameters.amount(query["amount"]) if "amount" in query else None
         acks = parameters.acks(query["acks"]) if "acks" in query else None
-        timeout_s = parameters.timeout_s(query, "acks")
+        durable = self._durable(query)
+        timeout_s = parameters.timeout_s(query, "acks", "durable")
         key = head.headers.get("idempotency-key")
         if key is not None:
             key = parameters.idempotency_key(key)
-        counter, replicator, gossip = self._counter_for(head), self._replicator, self._gossip
+        counter, replicator = self._counter_for(head), self._replicator
 
-        @action(may_wait=acks is not None)
+        @action(may_wait=acks is not None or durable)
         def increment(body, _connection):
             by = parameters.body_amount(body, amount) if body else amount or 1
             try:
@@ -141,16 +143,34 @@ class Api:
                 raise _not_counted(error) from None
             replicator.wake()
             fields = f'"id": "{increment_id(replica, sequence)}", "name": "{name}", "count": {count}'
-            if acks is None and not replayed:
+            if acks is None and not durable and not replayed:
                 return http1.ok(f"{{{fields}}}\n")
-            status = 200
-            if acks is not None:
-                reached = gossip.wait_for_acks(replica, sequence, acks, time.monotonic, timeout_s)
-                status, fields = 200 if reached >= acks else 202, f'{fields}, "acks": {reached}'
+            done, further = self._wait((replica, sequence), acks, durable, timeout_s)
             headers = [("Idempotent-Replayed", "true")] if replayed else []
-            return http1.response(status, f"{{{fields}}}\n".encode(), headers=headers)
+            return http1.response(200 if done else 202, f"{{{fields}{further}}}\n".encode(), headers=headers)
 
         return increment
+
+    def _durable(self, query):
+        """Return whether a client asks for durability; Refused where this node has none to give."""
+        durable = parameters.durable(query.get("durable", "false"))
+        if durable and not self._store:
+            raise Refused(400, "this node has no data file (--data), so nothing it counts is durable")
+        if durable and self._fsync == "never":
+            raise Refused(400, "this node runs with --fsync never: what it saves does not survive a power cut")
+        return durable
+
+    def _wait(self, dot, acks, durable, timeout_s):
+        """Wait until a dot is where a client wants it; return whether it is, and the fields that say so."""
+        deadline, done, fields = time.monotonic() + timeout_s, True, ""
+        saved = self._store.wait_until_saved(*dot, timeout_s) if durable else None
+        if acks is not None:
+            left_s = max(0.0, deadline - time.monotonic())
+            reached = self._gossip.wait_for_acks(*dot, acks, time.monotonic, left_s)
+            done, fields = reached >= acks, f', "acks": {reached}'
+        if durable:
+            done, fields = done and saved, f'{fields}, "durable": {"true" if saved else "false"}'
+        return done, fields
 
     def _refuse_if_old(self, key):
         """Refuse a UUIDv7 that was made so long ago that it may have been counted and forgotten."""
@@ -211,6 +231,7 @@ class Api:
                 "address": self._table.address,
                 "uptime_s": round(now - self._started, 1),
                 "version": __version__,
+                "data": self._data(),
             }
             listed = [
                 {
@@ -226,6 +247,13 @@ class Api:
             return _json({"self": about, "peers": listed})
 
         return peers
+
+    def _data(self):
+        """Return what /peers says of the data file; None without one."""
+        if not self._store:
+            return None
+        status = self._store.status()
+        return status._asdict() | {"lag_s": round(status.lag_s, 3)}
 
     def _healthz(self, head):
         http1.parse_query(head.query, ())
@@ -246,7 +274,8 @@ class Api:
             ready, alone = self._readiness()
             if not ready:
                 raise unavailable("this node has not yet caught up with any of its peers")
-            return _json({"status": "ready", "alone": alone})
+            data = {"data": "ok" if self._store.status().ok else "failing"} if self._store else {}
+            return _json({"status": "ready", "alone": alone, **data})
 
         return readiness
 
@@ -261,6 +290,7 @@ class Api:
                 self._gossip,
                 self._replicator.traffic,
                 self._server,
+                self._store,
                 self._started_at,
                 time.monotonic(),
             )

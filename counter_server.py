@@ -4,7 +4,8 @@
     python counter_server.py --port 8080 --peers localhost:8081
 
 Threads: `accept` takes connections, `connection-N` serves one each, `heartbeat` sweeps the
-peer table, `retry-worker-N` send to peers; the main thread waits for a signal.
+peer table, `retry-worker-N` send to peers, `store` writes the data file (--data); the main thread
+waits for a signal.
 """
 
 import importlib.util
@@ -31,7 +32,9 @@ from api import Api
 from counter import Counter, logs, new_replica
 from counter.addresses import join_address
 from counter.config import parse_arguments
+from counter.datafile import DataFileError
 from counter.serving import Server, provide_descriptors
+from counter.store import Store
 from counter.tokens import Tokens, read_token_file
 from counter.wire import Signer
 from gossip import DOUBTFUL_MAX, Gossip
@@ -43,12 +46,14 @@ log = logging.getLogger("counter.server")
 URLLIB3_LEAST = (2, 2)
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 STOP_S = 2.0  # for each kind of threads to end when the node stops
+SAVE_S = 5.0  # for the last of it to get into the data file
 
 
 class Node:
     """One member of the cluster: its parts, put together, started and stopped.
 
-    Raises OSError if it cannot listen, UnicodeError if its host cannot be a name.
+    Raises DataFileError if its data file cannot be used, OSError if it cannot listen, and
+    UnicodeError if its host cannot be a name.
     """
 
     def __init__(self, config):
@@ -63,7 +68,13 @@ class Node:
         self._files = []  # (flag, path, reads the file, takes what it holds): what SIGHUP is for
         if self.tokens:
             self._files.append(("--token-file", config.token_file, read_token_file, self.tokens.replace))
-        self.server = Server(config)
+        self.store = self._open_store() if config.data else None
+        try:
+            self.server = Server(config)
+        except (OSError, UnicodeError):
+            if self.store:
+                self.store.stop(0)
+            raise
         host, self.port = self.server.server_address[:2]
         wildcard = ipaddress.ip_address(host).is_unspecified
         self.address = config.advertise or (None if wildcard else join_address(host, self.port))
@@ -99,11 +110,26 @@ class Node:
             self.replicator,
             self.signer,
             self.server,
+            self.store,
             self.readiness,
             self.tokens,
         )
 
+    def _open_store(self):
+        """Return the store, with everything that is in its file in the counter."""
+        config, began = self.config, time.monotonic()
+        store = Store(config.data, self.counter, config.cluster, config.fsync == "always", config.idempotency_window)
+        store.open()
+        replicas, (counters, keys) = len(self.counter.vector()), self.counter.sizes()
+        log.info(
+            "loaded: file=%s counters=%d replicas=%d keys=%d seconds=%.2f",
+            config.data, counters, replicas, keys, time.monotonic() - began,
+        )  # fmt: skip
+        return store
+
     def start(self):
+        if self.store:
+            self.store.start()
         self.server.start(self.api)
         self.replicator.start()
         self.heartbeat.start()
@@ -125,7 +151,10 @@ class Node:
                 log.info("read again: flag=%s file=%s", flag, path)
 
     def stop(self):
-        """Answer what is in flight, hand everything to the peers, say leave, end all threads."""
+        """Answer what is in flight, hand everything to the peers, say leave, end all threads, save the rest.
+
+        Returns whether everything is in the data file, if there is one.
+        """
         self.server.stop_serving_clients(self._stop_waiting)
         peers = self.table.active()
         if peers and not self.gossip.drain(time.monotonic, self.config.drain_timeout):
@@ -135,11 +164,19 @@ class Node:
             log.warning("stopping: some threads still run")
         accepted, unconfirmed = self.counter.vector().get(self.counter.replica, 0), self.gossip.unconfirmed()
         held_by = sum(unconfirmed.get(address) == 0 for _, address in peers)
+        saved = self.store is None or self.store.stop(SAVE_S)  # last: until now peers may have brought news
+        if not saved:
+            status = self.store.status()
+            log.warning("stopping: not everything is in the data file, lag_increments=%d error=%s",
+                        status.lag_increments, status.error)  # fmt: skip
         log.info("stopped: accepted=%d held_by=%d peers=%d", accepted, held_by, len(peers))
+        return saved
 
     def _stop_waiting(self):
         self.counter.stop_waiting()
         self.gossip.stop_waiting()
+        if self.store:
+            self.store.stop_waiting()
 
     def readiness(self):
         """Return (ready, alone): whether this node has caught up with a peer, or has none to expect."""
@@ -171,6 +208,9 @@ def main(arguments=None):
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS | {signal.SIGHUP})
     try:
         node = Node(config)
+    except DataFileError as error:
+        print(f"counter_server.py: {error}", file=sys.stderr)
+        return error.status
     except (OSError, UnicodeError) as error:
         print(f"counter_server.py: cannot listen on {config.host} port {config.port}: {error}", file=sys.stderr)
         return 1
@@ -179,8 +219,7 @@ def main(arguments=None):
     number = _wait_for_stop(node)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a second one ends the process at once
     log.info("stopping: signal=%s", signal.Signals(number).name)
-    node.stop()
-    return 0
+    return 0 if node.stop() else 1
 
 
 def _wait_for_stop(node):

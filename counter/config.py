@@ -36,6 +36,8 @@ class Config:
     max_counters: int
     idempotency_window: float
     max_idempotency_keys: int
+    data: str  # the data file, or None: counts live in memory alone
+    fsync: str  # "always" or "never"
     cors_origin: tuple  # of origins whose pages may use this node; "*" is any
     secret: bytes  # b"" without --secret-file
     token_file: str  # or None
@@ -111,6 +113,10 @@ def _add_flags(parser):
     limits("--max-counters", type=_integer(1, 10**6), default=100_000, metavar="N", help="counters created here")
     limits("--idempotency-window", type=_seconds(0.001), default=3600.0, metavar="S", help="how long keys are kept")
     limits("--max-idempotency-keys", type=_integer(1, 10**6), default=1_000_000, metavar="N", help="keys kept at once")
+    data = parser.add_argument_group("data").add_argument
+    data("--data", type=_path, metavar="FILE", help="keep the counts in this file as well; made if there is none")
+    data("--fsync", choices=("always", "never"), default="always",
+         help="always: what is committed survives a power cut; never: only the end of the process")  # fmt: skip
     cluster = parser.add_argument_group("cluster").add_argument
     cluster(
         "--peers",
@@ -159,6 +165,12 @@ def _text(text):
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError("it is not in the encoding of this system") from None
     return text
+
+
+def _path(text):
+    if not text:
+        raise argparse.ArgumentTypeError("it names no file")
+    return _text(text)
 
 
 def _secret(path):

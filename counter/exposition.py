@@ -20,16 +20,18 @@ DURATION_HELP = (
 )
 
 
-def render(counter, table, gossip, traffic, server, started_at, now):
+def render(counter, table, gossip, traffic, server, store, started_at, now):
     """Return the metrics of a node as text.
 
-    `started_at` is its start in seconds since 1970; `now` is of the clock its peer table uses.
+    `store` is None without a data file.  `started_at` is the node's start in seconds since 1970;
+    `now` is of the clock its peer table uses.
     """
     families = [
         *_counts(counter),
         *_requests(server),
         *_peers(table.snapshot(now), gossip.unconfirmed()),
         *_traffic(traffic.numbers()),
+        *(_data(store) if store else ()),
         *_process(started_at),
     ]
     return "".join(line for family in families for line in _lines(*family))
@@ -93,6 +95,19 @@ def _traffic(numbers):
         ("counter_gossip_received_bytes_total", "bytes_received", "Bytes received from peers, without HTTP heads."),
     ):
         yield _single(name, "counter", help, numbers[number])
+
+
+def _data(store):
+    status, numbers = store.status(), store.numbers()
+    for name, kind, help, value in (
+        ("ok", "gauge", "Whether the data file takes what is written to it.", int(status.ok)),
+        ("lag_increments", "gauge", "Increments held here that are not in the data file yet.", status.lag_increments),
+        ("lag_seconds", "gauge", "For how long the data file has lacked some.", status.lag_s),
+        ("commits_total", "counter", "Transactions written to the data file.", numbers["commits"]),
+        ("commit_seconds_total", "counter", "Time spent on them.", numbers["commit_seconds"]),
+        ("errors_total", "counter", "Transactions that failed.", numbers["errors"]),
+    ):
+        yield _single(f"counter_data_{name}", kind, help, value)
 
 
 def _process(started_at):

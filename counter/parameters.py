@@ -90,13 +90,19 @@ def limit(text):
     return int(text)
 
 
-def timeout_s(query, goes_with):
-    """Return the seconds that `timeout` says, of a query in which it is allowed only beside `goes_with`."""
+def durable(text):
+    if text not in ("true", "false"):
+        raise Refused(400, "durable must be true or false")
+    return text == "true"
+
+
+def timeout_s(query, *goes_with):
+    """Return the seconds that `timeout` says, of a query in which it is allowed only beside one of `goes_with`."""
     text = query.get("timeout")
     if text is None:
         return WAIT_DEFAULT_S
-    if goes_with not in query:
-        raise Refused(400, f"timeout goes with {goes_with}")
+    if not query.keys() & set(goes_with):
+        raise Refused(400, f"timeout goes with {' or '.join(goes_with)}")
     if not _SECONDS.match(text) or float(text) > WAIT_MAX_S:
         raise Refused(400, f"timeout must be a number of seconds from 0 to {WAIT_MAX_S:.0f}")
     return float(text)

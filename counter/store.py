@@ -222,12 +222,16 @@ class Store:
         found = datafile.identity(self._path)
         if not datafile.exists(self._path) or found == self._loaded:
             return
+        held = {}
         with datafile.Reader(self._path, self._cluster) as reader:
             for delta in reader.deltas(self._wall()):
                 self._counter.merge(delta, self._clock())
+                held[delta.replica] = delta.through
                 # Not what merge() says: two loaded keys may have made a cancellation before it was read.
                 if not self._counter.holds(delta.replica, delta.through):
                     raise datafile.damaged(self._path, f"replica {delta.replica} lacks what it requires")
+        with self._lock:
+            self._saved = held  # what the writer finds will be the same; but the file may be one that cannot be written
         self._counter.keys_were_loaded(self._clock())
         self._loaded = found
 

@@ -147,12 +147,16 @@ def start_node():
 
 @pytest.fixture
 def start_cluster(start_node):
-    """Start a number of nodes, each joining through the one before, that all know each other."""
+    """Start a number of nodes, each joining through the one before, that all know each other.
 
-    def start(size, *arguments):
+    With a folder as `data` each has a file there.
+    """
+
+    def start(size, *arguments, data=None):
         nodes = []
-        for _ in range(size):
-            nodes.append(start_node(*arguments, peers=nodes[-1:]))
+        for number in range(size):
+            file = ("--data", data / f"{number}.db") if data else ()
+            nodes.append(start_node(*file, *arguments, peers=nodes[-1:]))
         wait_until(lambda: all(len(node.peers()) == size - 1 for node in nodes))
         return nodes
 

@@ -589,7 +589,7 @@ def test_an_unknown_path_is_404(client, path, method):
         ("GET", "/increment/x", "GET /count[/NAME] reads a counter"),
         ("POST", "/counts", "POST /increment[/NAME] adds to a counter"),
         ("GET", "/increment?amunt=1", "GET /count[/NAME] reads a counter"),
-        ("POST", "/increment?amunt=1", "unknown query parameter amunt; known here: amount, acks, timeout"),
+        ("POST", "/increment?amunt=1", "unknown query parameter amunt; known here: amount, acks, durable, timeout"),
         ("GET", "/healthz?x%20y=1", "unknown query parameter x y; known here: none"),
         ("GET", f"/healthz?{'x' * 1000}=1", f"unknown query parameter {'x' * 40}…; known here: none"),
     ],

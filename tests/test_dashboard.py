@@ -288,6 +288,26 @@ def test_the_cluster_is_shown(page, start_cluster):
     assert page.said() == f"Peer {three.address} is lost"
 
 
+def test_a_data_file_is_shown_and_that_it_fails(page, start_node, tmp_path):
+    """Without one there is no line about it."""
+    page.open(start_node())
+    wait_until(lambda: page.text("version") == __version__)
+    assert not page.element("data").is_displayed()
+    folder = tmp_path / "volume"
+    folder.mkdir()
+    node = start_node("--data", folder / "counter.db")
+    page.open(node)
+    wait_until(lambda: page.text("data") == "saved")
+    folder.rename(tmp_path / "unmounted")
+    node.increment()
+    wait_until(lambda: page.text("data").startswith("failing: "))
+    assert page.text("data").endswith("; 1 to save")
+    assert page.said() == "The data file fails"
+    (tmp_path / "unmounted").rename(folder)
+    wait_until(lambda: page.text("data") == "saved", 30)
+    assert page.said() == "The data file works again"
+
+
 def test_the_page_recovers_when_its_node_is_back(page, start_cluster, start_node):
     """It says that the node is gone, and goes on by itself when it is back."""
     one, two = start_cluster(2)

@@ -68,7 +68,7 @@ def run(command, cwd=PROJECT):
 def test_requests_do_what_they_are_shown_to_do(path, start_cluster, tmp_path):
     """In the order they are written, at three nodes.  What is shown as output is what comes, but for ids."""
     require_tools("curl", "bash")
-    nodes = start_cluster(3)
+    nodes = start_cluster(3, data=tmp_path)
     wait_until(lambda: all(node.ask("GET", "/readyz").status == 200 for node in nodes))
     for command, output in shown(path):
         wait_until(lambda: all(node.get("/counts") == nodes[0].get("/counts") for node in nodes))

@@ -17,8 +17,9 @@ OK, NOT_FOUND = b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 404 Not Found\r\n\r\n"
 
 
 @pytest.fixture
-def node():
-    node = Node(parse_arguments(["--port", "0", "--cors-origin", "https://a.example"]))
+def node(tmp_path):
+    file = str(tmp_path / "counter.db")
+    node = Node(parse_arguments(["--port", "0", "--cors-origin", "https://a.example", "--data", file]))
     node.start()
     yield node
     node.stop()
