@@ -1,7 +1,8 @@
 """Making load: over plain sockets by several processes, or by wrk; and asking single requests.
 
-Both kinds of load take the ports of loopback to load at once and return a Load.  This file knows
-no counters: a good answer has the status 200 and is one line of JSON, an object.
+Both kinds of load take the ports of loopback to load at once and return a Load.  A request is text
+such as "GET /count", or "POST /increments" and a body after it.  This file knows no counters: a good
+answer has the status 200 and is one line of JSON, an object.
 """
 
 import array
@@ -38,6 +39,10 @@ class Failed(Exception):
     """A figure that could not be measured; the argument says why."""
 
 
+class Unknown(OSError):
+    """A request was answered with 404 or 405: the server is older than the request."""
+
+
 def connect(port):
     sock = socket.create_connection((HOST, port), timeout=PATIENCE_S + 5)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -45,7 +50,9 @@ def connect(port):
 
 
 def as_bytes(request):
-    return f"{request} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n".encode()
+    method, path, *body = request.split(" ", 2)
+    body = "".join(body)
+    return f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
 
 
 def receive(sock, answers=1):
@@ -56,6 +63,8 @@ def receive(sock, answers=1):
         if not chunk:
             raise OSError(f"the connection was closed after {received!r:.200}")
         received += chunk
+    if missing := re.match(rb"HTTP/1.1 (40[45]) ", received):
+        raise Unknown(f"answered {missing[1].decode()}")
     if received.count(b"HTTP/1.1 200 ") < answers:
         raise OSError(f"answered: {received!r:.200}")
     return received
@@ -157,9 +166,10 @@ def drive(ports, request, seconds, requests, barrier, results):
 
 def load_by_wrk(ports, connections, request, seconds):
     """Do the same with one wrk per port, for whole seconds; latencies are those of the slowest."""
-    method, path = request.split()
+    method, path, *body = request.split(" ", 2)
     script = f"""
         wrk.method = "{method}"
+        wrk.body = {f"[[{body[0]}]]" if body else "nil"}
         function done(all, latency)
             local e = all.errors
             io.write(string.format("LOAD %d %d %d %d %d %d\\n", all.requests, all.duration, e.status,

@@ -17,8 +17,9 @@ import statistics
 import sys
 import time
 
-from bench import create_counters, start_node, wait_until
 from load import Failed, ask, connect, percentile, process
+from measurements import create_counters
+from nodes import start_node, wait_until
 
 
 def count_at(port, counters, per_s):

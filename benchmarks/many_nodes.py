@@ -12,8 +12,8 @@ import contextlib
 import sys
 import time
 
-from bench import start_node, wait_until
 from load import HOST, Failed, ask, connect
+from nodes import start_node, wait_until
 
 
 def states(sock):

@@ -2,24 +2,18 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import report
+from load import Failed
+
 PROJECT = Path(__file__).parent.parent
-TINY = (
-    "--rounds",
-    "1",
-    "--seconds",
-    "0.03",
-    "--load",
-    "sockets",
-    "--increments",
-    "500",
-    "--counters",
-    "250",
-    "--probes",
-    "3",
+TINY = shlex.split(
+    "--rounds 1 --seconds 0.03 --load sockets --connections 1,20 --increments 500 --counters 250 --probes 3"
 )
 
 
@@ -36,28 +30,62 @@ def test_it_prints_every_figure(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "FAILED" not in result.stdout
     for request in ("GET /count", "POST /increment"):
-        for connections in (1, 8, 32):
+        for connections in (1, 20):
             rows = [line for line in result.stdout.splitlines() if line.startswith(f"{request}, {connections} ")]
             assert len(rows) == 1
-            assert len(rows[0].split()) == 3 + 3 * 3  # of three servers requests/s, p50 and p99
-    for what in (
-        "until all nodes show",
-        "CPU of all nodes per increment",
-        "lag p50",
-        "lag p99",
-        "memory per increment",
-        "first answer",
-        "all --increments",
-        "all --counters",
-    ):
-        assert sum(what in line for line in result.stdout.splitlines()) == 1
+            # Of three servers requests/s, p50 and p99, and of two how many times as fast the first is.
+            assert len(rows[0].split()) == 4 + 3 * 3 + 2
+    for what, times in {
+        "until all nodes show": 2,
+        "CPU of all nodes per increment": 2,
+        "CPU of one message": 1,
+        "lag p50": 1,
+        "lag p99": 1,
+        "memory per increment": 1,
+        "first answer": 1,
+        "all --increments": 1,
+        "all --counters": 1,
+    }.items():
+        assert sum(what in line for line in result.stdout.splitlines()) == times, what
     figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
-    assert len(figures) == 6 * 3 * 3 + 13
-    assert all(len(values) == 1 and values[0] >= 0 for values in figures.values())
+    assert {system: len(found) for system, found in figures.items()} == {
+        "this node": 4 * 3 + 23,
+        "http.server": 4 * 3,
+        "bare thread": 4 * 3,
+    }
+    for found in figures.values():
+        assert all(len(values) == 1 and values[0] >= 0 for figure, values in found.items() if "batches" not in figure)
+
+
+def test_two_checkouts_are_compared():
+    """Each figure has a line with both, and how many times better the one is in which the benchmark lies."""
+    result = run_benchmark(*TINY, "--only", "single", "--connections", "8", "--paired", PROJECT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    head, *lines = [line for line in result.stdout.splitlines() if line][1:]
+    assert head.index("there ") < head.index("here ", head.index("there ") + 2) < head.index("times better")
+    for line in lines:
+        _there, _here, times, least, _to, most = line.split()[-6:]
+        assert times == least == most  # of one round
+    assert len(lines) == 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("figure", "ours", "theirs", "expected"),
+    [
+        ("cluster_per_s", [30, 60], [10, 30], [3, 2]),
+        ("cluster_p99_ms", [10, 20], [30, 30], [3, 1.5]),
+        ("cluster_p99_ms", [10, Failed("no")], [30, 30], [3]),
+        ("cluster_p99_ms", [0, 10], [10, 10], [1]),
+        ("cluster_p99_ms", [10], [Failed("no")], []),
+    ],
+)
+def test_a_ratio_says_how_many_times_better(figure, ours, theirs, expected):
+    """Of each round in which both were measured; more per second is better, and less of all else."""
+    assert report.ratios(figure, ours, theirs) == expected
 
 
 def test_a_wrong_flag_is_refused():
     """A measurement there is not is named, before anything is measured."""
     result = run_benchmark("--only", "lags")
     assert result.returncode == 2
-    assert "cluster,lag" in result.stderr
+    assert "cluster-batches" in result.stderr
