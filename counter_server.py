@@ -87,19 +87,10 @@ class Node:
             config.fanout,
         )
         self.gossip = Gossip(
-            self.counter,
-            self.table,
-            config.retry_backoff,
-            config.retry_backoff_max,
-            pushed_to=config.fanout,
+            self.counter, self.table, config.retry_backoff, config.retry_backoff_max, pushed_to=config.fanout
         )
         self.replicator = Replicator(
-            self.gossip,
-            self.table,
-            self.signer,
-            self.port,
-            config.retry_workers + DOUBTFUL_MAX,
-            config.peer_timeout,
+            self.gossip, self.table, self.signer, self.port, config.retry_workers + DOUBTFUL_MAX, config.peer_timeout
         )
         self.heartbeat = Heartbeat(self.table, config.heartbeat_interval, self.replicator.contact)
         self.api = Api(
