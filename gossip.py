@@ -8,9 +8,10 @@ import random
 import threading
 
 from counter.binding import Numbers
+from counter.roster import LOST
 from counter.state import APPLIED, GAP, NEEDS, SEQUENCE_MAX
 from counter.wire import Message, View, lacks, vector_hash
-from peers import LOST, NEVER, log_changes
+from peers import NEVER, log_changes
 
 log = logging.getLogger("counter.replication")
 
@@ -457,8 +458,7 @@ class Gossip:
     def _merge(self, message, now):
         """Merge the deltas of a message; return what each was found to be, by its replica."""
         results = {delta.replica: self._counter.merge(delta, now) for delta in message.deltas}
-        cloned = any(self._counter.renew_if_cloned(known) for known in (message.applied, message.confirms) if known)
-        if cloned or self._counter.renew(self._table.disowned):
+        if any(self._counter.renew_if_cloned(known) for known in (message.applied, message.confirms) if known):
             log.error("replica id used twice, was this machine cloned? new id=%s", self._counter.replica)
             self._table.rename(self._counter.replica)
         return results

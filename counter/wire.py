@@ -32,7 +32,7 @@ _WORD = re.compile("[!-~]{1,64}\\Z")
 
 # address: None while it is unknown; version: that of its program, None from nodes that do not say it
 Sender = namedtuple("Sender", "id address beat leaving version", defaults=(None,))
-View = namedtuple("View", "peers left")  # peers: [(id, address, beat)], left: [id]
+View = namedtuple("View", "peers left")  # peers: [(id, address, beat)], left: [(id, its last beat)]
 # A request or its answer.  `applied` is the complete vector of the sender; where there is a
 # `hash`, that alone travels for it; a mere push has neither, and no view.  Two parts answer
 # deltas: `confirms` has the sequences through which their replicas are held now, and
@@ -172,14 +172,16 @@ def _checked(message):
     sender = sender._replace(address=None if sender.address is None else parse_address(sender.address))
     peers = [(id, parse_address(address), beat) for id, address, beat, *_ in _list(view.peers)]
     _require(all(REPLICA.match(id) and _is_int(beat, 0, BEAT_MAX) for id, _, beat in peers), "its view")
-    _require(all(map(REPLICA.match, _list(view.left))), "its view")
+    # A node before 1.1 says the id alone, and means for ever.
+    left = [(item[0], item[1]) if type(item) is list else (item, BEAT_MAX) for item in _list(view.left)]
+    _require(all(REPLICA.match(id) and _is_int(beat, 0, BEAT_MAX) for id, beat in left), "its view")
     for vector in (applied, confirms):
         for replica, sequence in vector.items() if vector is not None else ():
             _require(REPLICA.match(replica) and _is_int(sequence, 0, SEQUENCE_MAX), "a vector")
     _require(hash is None or type(hash) is str, "a hash")
     _require(all(REPLICA.match(replica) and _WORD.match(why) for replica, why in refused.items()), "a refusal")
     deltas = [checked_delta(delta) for delta in deltas]
-    return Message(sender, View(peers, view.left), applied, hash, confirms, deltas, refused, to, number, v)
+    return Message(sender, View(peers, left), applied, hash, confirms, deltas, refused, to, number, v)
 
 
 def checked_delta(delta):

@@ -8,11 +8,10 @@ import threading
 import pytest
 
 from counter.addresses import join_address, parse_address, split_address
-from counter.wire import Sender, View
+from counter.roster import ACTIVE, LOST
+from counter.wire import BEAT_MAX, Sender, View
 from peers import (
-    ACTIVE,
-    LOST,
-    MET_MAX,
+    RECENT_MAX,
     VIEW_MAX,
     Change,
     Heartbeat,
@@ -188,12 +187,13 @@ def test_only_the_latest_lost_peers_are_kept(table):
     assert sorted(states(table)) == [f"{number:08x}-0000-8000" for number in range(36, 100)]
 
 
-def test_who_says_leave_is_dropped_at_once_and_for_good(table):
+def test_who_says_leave_is_dropped_at_once_and_stays_away(table):
     answer(table, A, AT_A)
     assert table.heard(says(A, AT_A, 2, leaving=True), NOBODY, 0.0) == ([], [Change("left", A, AT_A)])
     assert states(table) == {}
-    assert table.heard(says(A, AT_A, 9), NOBODY, 0.0) == ([], [])
-    assert table.heard(says(B, AT_B, 1), View([(A, AT_A, 9)], []), 0.0)[0] == []
+    assert table.heard(says(A, AT_A, 2), NOBODY, 0.0) == ([], [])
+    assert answer(table, A, AT_A, beat=2) == ([], [])  # it was on its way as the peer said that
+    assert table.heard(says(B, AT_B, 1), View([(A, AT_A, 2)], []), 0.0)[0] == []
     assert states(table) == {B: ACTIVE}
     assert AT_A not in table.sweep(1.0).contact
 
@@ -201,8 +201,8 @@ def test_who_says_leave_is_dropped_at_once_and_for_good(table):
 def test_a_departure_is_passed_on_for_a_while(table):
     answer(table, A, AT_A)
     answer(table, B, AT_B)
-    assert answer(table, B, AT_B, view=View([], [A]))[1] == [Change("left", A, AT_A)]
-    assert table.describe()[1].left == [A]
+    assert answer(table, B, AT_B, view=View([], [(A, 2)]))[1] == [Change("left", A, AT_A)]
+    assert table.describe()[1].left == [(A, 2)]
     sweep_through(table, 0, 60)
     assert table.describe()[1].left == []
 
@@ -248,20 +248,31 @@ def test_who_has_restarted_where_nobody_can_dial_it_is_taken_at_its_word(table):
     assert table.heard(says(B, AT_A, 1), NOBODY, 8.0) == ([], [Change("joined", B, AT_A)])
 
 
-def test_who_sends_under_an_id_that_has_left_is_told_so(table):
-    """It is a clone, or was set back to before it left."""
+def test_who_goes_on_under_an_id_that_has_left_hears_so_and_outlives_it(table):
+    """It is a clone, or was set back to before it left: its beat is raised above the last one of that other life."""
     answer(table, A, AT_A)
-    table.heard(says(A, AT_A, 2, leaving=True), NOBODY, 0.0)
-    sweep_through(table, 1, 100)
-    assert table.describe()[1].left == []
-    table.heard(says(A, AT_A, 3), NOBODY, 101.0)
-    assert table.active() == []
-    assert table.describe()[1].left == [A]
+    table.heard(says(A, AT_A, 9, leaving=True), NOBODY, 0.0)
     clone = PeerTable(A, AT_A, [], INTERVAL_S, TIMEOUT_S, 8)
-    clone.heard(*table.describe(), 101.0)
-    assert clone.disowned == A
-    clone.rename(B)
-    assert not clone.disowned
+    table.heard(*clone.describe(), 1.0)
+    assert table.active() == []
+    clone.heard(*table.describe(), 1.0)
+    assert table.heard(*clone.describe(), 1.0)[1] == [Change("joined", A, AT_A)]
+    assert table.describe()[1].left == []
+
+
+def test_a_departure_that_was_outlived_is_not_believed(table):
+    answer(table, A, AT_A, beat=10)
+    assert answer(table, B, AT_B, view=View([], [(A, 9)]))[1] == [Change("joined", B, AT_B)]
+    assert states(table) == {A: ACTIVE, B: ACTIVE}
+
+
+def test_a_node_that_was_set_back_catches_up_with_its_own_beat(table):
+    """What others say of it shows how far it was."""
+    answer(table, A, AT_A, view=View([(ME, AT_ME, 70)], []))
+    assert table.describe()[0].beat == 70
+    answer(table, A, AT_A, beat=2, view=View([(ME, AT_ME, BEAT_MAX)], []))  # which would leave it none to raise
+    table.sweep(0.0)
+    assert table.describe()[0].beat == 71
 
 
 def test_two_addresses_of_one_id_are_one_peer_and_what_it_advertises_wins(table):
@@ -399,7 +410,7 @@ def test_many_who_died_do_not_keep_others_from_being_looked_for():
 def test_a_message_shows_a_bounded_part_of_the_membership_and_everyone_in_turn():
     table = crowded(1000)
     views = [table.describe()[1].peers for _ in range(8)]
-    assert {len(view) for view in views} <= {VIEW_MAX, MET_MAX + 1000 % (VIEW_MAX - MET_MAX)}
+    assert {len(view) for view in views} <= {VIEW_MAX, RECENT_MAX + 1000 % (VIEW_MAX - RECENT_MAX)}
     assert {id for view in views for id, _, _ in view} == {peer(number)[0] for number in range(1000)}
 
 
@@ -419,7 +430,7 @@ def test_departures_in_a_message_are_bounded_the_newest_first():
     for number in range(300):
         id, address = peer(number)
         table.heard(says(id, address, 2, leaving=True), NOBODY, 0.0)
-    assert table.describe()[1].left == [peer(number)[0] for number in range(299, 299 - VIEW_MAX, -1)]
+    assert table.describe()[1].left == [(peer(number)[0], 2) for number in range(299, 299 - VIEW_MAX, -1)]
     assert table.active() == []
 
 
@@ -468,21 +479,25 @@ def test_in_a_large_cluster_a_lost_peer_is_back_once_its_beat_has_risen_twice():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_lists_of_a_table_agree_whatever_it_is_told(seed):
+def test_the_indexes_of_a_table_agree_whatever_it_is_told(seed):
     rng, table = random.Random(seed), new_table(fanout=3)
+    roster = table._roster
     for step in range(400):
         id, address = peer(rng.randrange(12))[0], peer(rng.randrange(12))[1]
-        rumours = [(*peer(rng.randrange(12)), rng.randrange(step + 1)) for _ in range(3)]
-        view = View(rumours, [peer(rng.randrange(12))[0]] if rng.random() < 0.01 else [])
+        told = [(*peer(rng.randrange(12)), rng.randrange(step + 1)) for _ in range(3)]
+        left = [(peer(rng.randrange(12))[0], rng.randrange(step + 1))] if rng.random() < 0.01 else []
         answered_at = address if rng.random() < 0.5 else None
-        table.heard(says(id, address, rng.randrange(step + 1), rng.random() < 0.01), view, step / 4, answered_at)
+        sender = says(id, address, rng.randrange(step + 1), rng.random() < 0.01)
+        table.heard(sender, View(told, left), step / 4, answered_at)
         table.sweep(step / 4)
-        assert table._beat_of.keys() == table._peers.keys()
-        active = sorted(table._news_of_locked(peer) for peer in table._peers.values() if peer.state == ACTIVE)
-        assert sorted(table._news) == sorted(table._news_of_locked(peer) for peer in table._roll) == active
-        assert all(table._roll[peer.place] is peer for peer in table._roll)
-        at = {(peer.address, peer.id) for peer in table._peers.values()}
-        assert {(address, id) for address, ids in table._ids_at.items() for id in ids} == at
+        peers = roster.peers.values()
+        assert all(peer.id == id for id, peer in roster.peers.items())
+        assert sorted(peer.id for peer in roster.active) == sorted(peer.id for peer in peers if peer.state == ACTIVE)
+        assert all(roster.active[peer.index] is peer for peer in roster.active)
+        at = {(peer.address, peer.id) for peer in peers}
+        assert {(address, id) for address, ids in roster._ids_at.items() for id in ids} == at
+        assert not roster.tombstones.keys() & roster.peers.keys()
+        assert set(roster.owners.values()) <= roster.peers.keys()
 
 
 def test_a_new_replica_id_of_this_node_is_not_taken_for_a_peer(table):

@@ -83,7 +83,7 @@ def good(body):
 def test_the_pool_delivers_increments(pool):
     node, replicator, (peer,) = pool(good)
     replicator.contact([peer.address], [])
-    wait_until(node.table.active)
+    wait_until(lambda: peer.address in node.gossip.unconfirmed())  # it has said what it holds
     node.counter.increment("x", 3)
     replicator.wake()
     wait_until(lambda: decode(peer.bodies[-1]).deltas == [Delta(ME, 0, 1, {"x": (1, 3)})])
@@ -164,7 +164,7 @@ def test_addresses_that_never_finish_an_answer_delay_nobody(pool, tarpit):
     wait_until(node.table.active)
     node.counter.increment("x")
     replicator.wake()
-    wait_until(lambda: node.gossip.unconfirmed()[peer.address] == 0)
+    wait_until(lambda: node.gossip.unconfirmed().get(peer.address) == 0)
 
 
 def test_an_increment_wakes_a_worker_where_none_looks_by_itself(pool):

@@ -14,7 +14,7 @@ from counter.wire import Message, Sender, View, decode, encode, lacks, vector_ha
 @pytest.mark.parametrize(
     "message",
     [
-        Message(A_SENDS, View([(B, AT_B, 3)], [C]), {A: 5}, None, None, []),
+        Message(A_SENDS, View([(B, AT_B, 3)], [(C, 5)]), {A: 5}, None, None, []),
         Message(A_SENDS._replace(version="1.2.3"), NOBODY, None, "0" * 32, {A: 5}, [], {A: GAP, B: NEEDS}),
         Message(
             A_SENDS._replace(address=None, leaving=True), NOBODY, None, None, None, [Delta(A, 1, 3, {"x": (3, -7)})]
@@ -37,10 +37,10 @@ def test_what_a_later_version_adds_is_ignored():
     """At every level: so the nodes of a cluster can be replaced by newer ones one by one."""
     delta = Delta(B, 1, 3, {"x": (2, 5), "y": (3, 1)}, ((3, DIGEST, "y", 1, 0.5),), ((A, 1), (C, 1)))
     for applied, hash in (({A: 5}, None), (None, "0" * 32)):
-        message = Message(A_SENDS, View([(B, AT_B, 3)], [C]), applied, hash, {B: 3}, [delta], {C: GAP})
+        message = Message(A_SENDS, View([(B, AT_B, 3)], [(C, 5)]), applied, hash, {B: 3}, [delta], {C: GAP})
         fields = json.loads(encode(message))
         more = with_more(fields)
-        assert json.dumps(more).count("later") == 10
+        assert json.dumps(more).count("later") == 11
         assert decode(json.dumps(more).encode()) == decode(encode(message)) == message
 
 
@@ -71,7 +71,7 @@ def test_what_nodes_of_version_1_0_send_is_understood():
     sender = Sender(A, AT_A, 7, False)
     cancelling = Delta(ME, 0, 1, {"x": (1, -4)}, (), ((A, 1), (B, 1)))
     deltas = [Delta(A, 1, 3, {"y": (3, 1), "x": (2, -5)}, ((3, DIGEST, "y", 1, 0.5),)), cancelling]
-    view = View([(B, AT_B, 3), (C, "[::1]:80", 9)], [ME])
+    view = View([(B, AT_B, 3), (C, "[::1]:80", 9)], [(ME, wire.BEAT_MAX)])
     assert [decode(body) for body in RECORDED] == [
         Message(sender, view, {A: 3, B: 2}, None, None, deltas, v=0),
         Message(sender._replace(address=None, leaving=True), NOBODY, None, "0" * 32, {B: 2}, [], v=0),
@@ -131,6 +131,8 @@ def test_what_is_no_message_is_refused(body):
         with_sender() | {"view": {"peers": [[A, AT_A, "1"]], "left": []}},
         with_sender() | {"view": {"peers": [], "left": ["x"]}},
         with_sender() | {"view": {"peers": [], "left": [None]}},
+        with_sender() | {"view": {"peers": [], "left": [[C]]}},
+        with_sender() | {"view": {"peers": [], "left": [[C, -1]]}},
         with_sender() | {"applied": []},
         with_sender() | {"applied": {"x": 1}},
         with_sender() | {"applied": {A: -1}},
@@ -197,7 +199,9 @@ def test_a_good_message_of_that_kind_is_taken():
 def test_a_message_damaged_anywhere_is_refused_or_still_makes_sense(seed):
     """Whatever bytes arrive, nothing but ValueError comes out."""
     rng = random.Random(seed)
-    body = encode(Message(A_SENDS, View([(B, AT_B, 3)], [C]), {A: 5}, None, {B: 1}, [Delta(A, 1, 3, {"x": (3, -7)})]))
+    body = encode(
+        Message(A_SENDS, View([(B, AT_B, 3)], [(C, 5)]), {A: 5}, None, {B: 1}, [Delta(A, 1, 3, {"x": (3, -7)})])
+    )
     for _ in range(300):
         damaged = bytearray(body)
         for _ in range(rng.randint(1, 3)):
