@@ -39,6 +39,8 @@ VIEW_MAX = 256
 RECENT_MAX = 32  # of these, peers met directly: what is known of them is new to most
 TIMEOUT_GROWTH = 3.0  # intervals of allowed silence per power of ten of the cluster's size, beyond the fan-out
 DEPARTURE_TIMEOUTS = 10  # how long a departure is passed on, in peer timeouts
+CONFLICT = "advertises this node's address"  # a Change, as for two nodes behind one load balancer
+CONFLICT_REPORT_S = 600.0  # between two reports of that
 NEVER = float("inf")
 _ENTRY, _LAST_HEARD = attrgetter("entry"), attrgetter("last_heard")
 
@@ -50,7 +52,7 @@ PeerState = namedtuple("PeerState", "id address state silent_s version")  # vers
 def log_changes(changes, active):
     """Write one line for every change of the membership; `active` is how many peers are active after it."""
     for change in changes:
-        level = logging.WARNING if change.what == "lost" else logging.INFO
+        level = logging.WARNING if change.what in ("lost", CONFLICT) else logging.INFO
         log.log(level, "peer %s: addr=%s id=%s active=%d", change.what, change.address, change.id, active)
 
 
@@ -73,6 +75,7 @@ class PeerTable:
         self._departures = {}  # id -> (its last beat, until when to pass on that it left)
         self._seeds = Seeds(seeds)
         self._swept_at = None
+        self._conflict_reported_at = -NEVER
 
     @property
     def address(self):
@@ -261,9 +264,9 @@ class PeerTable:
     def heard(self, sender, view, now, answered_at=None):
         """Take in what a message says; return (addresses to contact at once, [Change]).
 
-        `answered_at` is the address that was contacted, if the message is an answer.  An answer
-        proves its sender to be alive, and the owner of that address; a message that came by
-        itself proves it by a greater beat, since an equal one may be a replay.
+        `answered_at` is the address that was contacted, if the message is an answer.  Its sender is
+        alive, since no message is taken twice, and with an answer it owns that address; of others
+        it proves what it says only by a beat that is greater than the one known.
         """
         with self._lock:
             contact, changes = [], []
@@ -276,7 +279,7 @@ class PeerTable:
             for entry in view.peers:  # this loop is most of the work in a large cluster
                 peer = peer_of(entry[0])
                 if peer is None:
-                    self._heard_of_unknown_locked(entry, now, contact)
+                    self._heard_of_unknown_locked(entry, now, contact, changes)
                 elif entry[2] > peer.entry[2]:  # else it is known already, as most is
                     peer.entry = entry if entry[1] == peer.entry[1] else (entry[0], peer.entry[1], entry[2])
                     if peer.state == ACTIVE:
@@ -297,14 +300,16 @@ class PeerTable:
             self._departed_locked(sender.id, max(sender.beat, known_beat), now, changes)
             return
         address = sender.address or answered_at
-        departed = sender.id in self._departures
-        if not address or not (sender.beat > known_beat or (answered_at and not departed)):
-            return
+        if not address or (sender.id in self._departures and sender.beat <= known_beat):
+            return  # what was on its way as a node left does not bring it back
         peer = roster.peers.get(sender.id) or roster.add(sender.id, address, sender.beat, now)
         roster.update(peer, address, max(known_beat, sender.beat))
         peer.last_heard, peer.version = now, sender.version
         self._departures.pop(peer.id, None)
-        self._recent_contacts.append(peer)
+        if sender.beat > known_beat:  # else there is nothing new to tell others
+            self._recent_contacts.append(peer)
+        if address == self._address:
+            self._report_conflict_locked(peer.id, now, changes)
         if peer.state == ACTIVE:
             return
         owner = roster.owner(address)
@@ -312,6 +317,12 @@ class PeerTable:
             contact.append(address)  # somebody else answered there: who does now?
             return
         self._activate_locked(peer, changes)
+
+    def _report_conflict_locked(self, id, now, changes):
+        """Report a peer that says it is where this node is: neither would ever dial the other."""
+        if now - self._conflict_reported_at >= CONFLICT_REPORT_S:
+            self._conflict_reported_at = now
+            changes.append(Change(CONFLICT, id, self._address))
 
     def _claim_address_locked(self, address, id, changes):
         """Take note that this id answered at an address: no other one lives there."""
@@ -338,11 +349,13 @@ class PeerTable:
             if self._is_eager_locked():
                 contact.append(peer.address)
 
-    def _heard_of_unknown_locked(self, entry, now, contact):
+    def _heard_of_unknown_locked(self, entry, now, contact, changes):
         id, address, beat = entry
         if id == self._id:
             self._outlive_locked(beat)
         elif beat > self._roster.beat_of(id):
+            if address == self._address and id in self._roster.tombstones:  # no predecessor: it goes on beating
+                self._report_conflict_locked(id, now, changes)
             self._roster.add(id, address, beat, now)
             if self._is_eager_locked():
                 contact.append(address)

@@ -226,6 +226,15 @@ def test_a_node_that_nobody_can_dial_takes_part(start_node):
     wait_until(lambda: node.count() == 3)
 
 
+def test_a_node_that_advertises_the_address_of_another_says_so(start_cluster, start_node):
+    """Neither would dial the other, so an operator has to know."""
+    first, second = start_cluster(2)
+    third = start_node("--advertise", first.address, peers=[second])
+    wait_until(
+        lambda: f"peer advertises this node's address: addr={first.address} id={own_id(first)}" in third.stderr()
+    )
+
+
 def test_a_proxy_in_the_environment_is_not_used_between_nodes(start_cluster, monkeypatch):
     """Nodes reach each other directly, whatever proxy the environment names."""
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
