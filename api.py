@@ -3,7 +3,8 @@
     api.action(head)           a route checks everything that the head says, and returns an action
     action(body, connection)   answers the request; called again when the same head comes again
 
-Routes use the parts of a node and know nothing of sockets.
+Routes use the parts of a node and know nothing of sockets.  They run in the thread that serves all
+connections, so they only check; the pace of the action decides which thread runs that.
 """
 
 import json
@@ -24,13 +25,16 @@ from counter import (
     parameters,
     wire,
 )
+from counter.connections import STOPPING
 from counter.http1 import Refused, unavailable
+from counter.lanes import PEERS, QUICK, WAITS
 from counter.routing import Router, action, refusing, with_headers
-from counter.serving import STOPPING
 from counter.wire import same_signature
 from replication import WrongSignature
 
 BODY_MAX = 64 * 1024  # bytes of a public request's body
+# A peer needs one connection; a second one while it replaces that.  The others are for peers to come.
+CONNECTIONS_PER_PEER, PEERS_SPARE = 2, 16
 
 _UUID7 = re.compile(r"([0-9a-f]{8})-([0-9a-f]{4})-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\Z", re.IGNORECASE)
 
@@ -86,6 +90,10 @@ class Api:
                 raise _wrong_signature(close=True)
         return wire.BODY_MAX
 
+    def peers_max(self):
+        """Return how many connections may be those of peers."""
+        return CONNECTIONS_PER_PEER * len(self._table.snapshot(time.monotonic())) + PEERS_SPARE
+
     def body_sink(self, head):
         """Return what takes the body of a request with this head as it arrives; None to have it as bytes."""
         return None
@@ -107,7 +115,7 @@ class Api:
             return self._router.action(head)
         access, answer = self._tokens.access(head), self._router.action(head)
 
-        @action(may_wait=answer.may_wait)
+        @action(answer.pace)
         def check_again(body, connection):
             return (answer if access.valid else self._admitted(head))(body, connection)
 
@@ -129,7 +137,7 @@ class Api:
             key = parameters.idempotency_key(key)
         counter, replicator = self._counter_for(head), self._replicator
 
-        @action(may_wait=acks is not None or durable)
+        @action(WAITS if durable or acks is not None else QUICK)
         def increment(body, _connection):
             by = parameters.body_amount(body, amount) if body else amount or 1
             try:
@@ -185,7 +193,7 @@ class Api:
         timeout_s = parameters.timeout_s(query, "after")
         counter = self._counter
 
-        @action(may_wait=dot is not None)
+        @action(QUICK if dot is None else WAITS)
         def count(_body, _connection):
             if dot and not counter.wait_until_held(*dot, timeout_s):
                 if self._server.stopping:
@@ -212,7 +220,7 @@ class Api:
         http1.parse_query(head.query, ())
         dot = parameters.dot(http1.decode_component(id))
 
-        @action(may_wait=False)
+        @action(QUICK)
         def status(_body, _connection):
             if not self._counter.holds(*dot):
                 raise Refused(404, "that increment has not arrived here, or not yet")
@@ -258,7 +266,7 @@ class Api:
     def _healthz(self, head):
         http1.parse_query(head.query, ())
 
-        @action(may_wait=False)
+        @action(QUICK)
         def health(_body, _connection):
             return _json({"status": "alive"})
 
@@ -267,7 +275,7 @@ class Api:
     def _readyz(self, head):
         http1.parse_query(head.query, ())
 
-        @action(may_wait=False)
+        @action(QUICK)
         def readiness(_body, _connection):
             if self._server.stopping:
                 raise unavailable(STOPPING)
@@ -311,7 +319,7 @@ class Api:
         http1.parse_query(head.query, ())
         signature = head.headers.get(wire.SIGNATURE.lower(), "")
 
-        @action()
+        @action(PEERS)
         def receive(body, connection):
             try:
                 reply = self._replicator.receive(signature, body, connection.local_host)

@@ -3,9 +3,9 @@
 
     python counter_server.py --port 8080 --peers localhost:8081
 
-Threads: `accept` takes connections, `connection-N` serves one each, `heartbeat` sweeps the
-peer table, `retry-worker-N` send to peers, `store` writes the data file (--data); the main thread
-waits for a signal.
+Threads: `accept` takes connections, `poller` serves them all, `slow-N`, `peers-N` and `waits-N` run
+what takes longer, `heartbeat` sweeps the peer table, `retry-worker-N` send to peers, `store` writes the
+data file (--data); the main thread waits for a signal.
 """
 
 import importlib.util

@@ -33,6 +33,7 @@ class Config:
     retry_workers: int
     drain_timeout: float
     max_connections: int
+    max_waiting: int
     max_counters: int
     idempotency_window: float
     max_idempotency_keys: int
@@ -88,7 +89,14 @@ def _add_flags(parser):
     listen("--port", type=_integer(0, 65535), default=8080, metavar="N", help="port to listen on; 0 takes a free one")
     listen("--host", default="127.0.0.1", help="address to listen on")
     listen("--advertise", type=_address, metavar="HOST:PORT", help="address that peers are told to connect to")
-    listen("--max-connections", type=_integer(1, 100_000), default=512, metavar="N", help="clients served at once")
+    listen("--max-connections", type=_integer(1, 100_000), default=10_000, metavar="N", help="clients served at once")
+    listen(
+        "--max-waiting",
+        type=_integer(1, 10_000),
+        default=512,
+        metavar="N",
+        help="requests that may wait at once for acks or an increment",
+    )
     listen(
         "--cors-origin",
         type=_origin,

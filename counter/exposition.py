@@ -67,7 +67,7 @@ def _requests(server):
     yield "counter_http_requests_total", "counter", "Requests answered, by route and status.", samples
     samples = [sample for route, tally in totals.items() for sample in _histogram(route, tally)]
     yield "counter_http_request_duration_seconds", "histogram", DURATION_HELP, samples
-    help = "Open connections: of clients, of peers, and not yet known whose."
+    help = "Open connections: of clients, of peers, and of guests, which were neither so far."
     samples = [("", {"kind": kind}, number) for kind, number in server.connections().items()]
     yield "counter_connections", "gauge", help, samples
 

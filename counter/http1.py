@@ -34,6 +34,8 @@ _SINGLE = {
     "authorization",
 }
 
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
 _TLS_HELLO = 0x16  # the first byte of a client that speaks TLS: a record of its handshake
 
 # `path` and `query` are still percent-encoded; `headers` is {lower-case name: value}.
@@ -69,6 +71,8 @@ class RequestReader:
     body as they have arrived, then b""; None asks for more bytes.  It raises Refused for what is
     not clean HTTP, and must not be used after that: nobody knows where the next request begins.
     """
+
+    __slots__ = ("_buffer", "_missing", "_searched")
 
     def __init__(self):
         self._buffer = b""

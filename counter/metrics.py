@@ -1,10 +1,11 @@
 """Counts of requests, by route and status, and how long they took.
 
-A repeated request takes a few microseconds, so counting it must not take a lock: every connection
-has a ConnectionTally that only its own thread writes.  Requests adds them up for a scrape, together
-with the counts of connections that have ended.
+A repeated request takes a few microseconds, so counting it must not take a lock: every thread that
+answers requests has a ThreadTally that only it writes.  Requests adds them up for a scrape, together
+with the counts of threads that have ended.
 """
 
+import random
 import threading
 from bisect import bisect_left
 from collections import defaultdict
@@ -21,6 +22,7 @@ class Tally:
         self.statuses = {}  # status, as bytes -> [number]: a holder of the list counts without a lookup
         self.buckets = [0] * (len(BUCKETS_S) + 1)  # not cumulative; the last is for slower requests
         self.seconds = 0.0
+        self.untimed = random.randrange(TIMED_ONE_IN)  # repeated requests until one is timed
 
     def number(self, response):
         """Return the list with the number of responses of the same status as this one."""
@@ -47,8 +49,8 @@ class Tally:
         self.seconds += other.seconds
 
 
-class ConnectionTally:
-    """What one connection counts.  Only its own thread calls `of` and writes to the tallies."""
+class ThreadTally:
+    """What one thread counts.  Only that thread calls `of` and writes to the tallies."""
 
     def __init__(self):
         self._routes = {}  # route -> Tally
@@ -70,18 +72,18 @@ class Requests:
     def __init__(self):
         # Guards the two below.  Held for dictionary work only, never together with another.
         self._lock = threading.Lock()
-        self._open = set()  # the ConnectionTally of every open connection
-        self._ended = defaultdict(Tally)  # route -> what connections counted that have ended
+        self._open = set()  # the ThreadTally of every live thread
+        self._ended = defaultdict(Tally)  # route -> the counts of threads that have ended
 
     def open(self):
-        """Return the tally of a new connection."""
-        tally = ConnectionTally()
+        """Return the tally of a new thread."""
+        tally = ThreadTally()
         with self._lock:
             self._open.add(tally)
         return tally
 
     def close(self, tally):
-        """Take over the counts of a connection that ends."""
+        """Take over the counts of a thread that ends."""
         with self._lock:
             self._open.remove(tally)
             tally.add_to(self._ended)

@@ -10,6 +10,7 @@ import itertools
 
 from counter import http1, metrics
 from counter.http1 import Refused
+from counter.lanes import QUICK, SLOW
 from counter.state import NAME
 
 READ, ADD = "GET /count[/NAME] reads a counter", "POST /increment[/NAME] adds to a counter"
@@ -19,16 +20,16 @@ TYPED_MAX = 32  # characters of an unknown path that are compared with known one
 SIMILAR = 0.5  # how much they must have in common: 0 is nothing, 1 is everything
 
 
-def action(may_wait=True):
+def action(pace=SLOW):
     """Turn a function of (body, connection) into an action.
 
     It returns the bytes of a response, or an iterable of pieces of which the first has the whole head;
-    or it raises Refused.  One with `may_wait` False answers in microseconds and in few bytes, so a
-    thread that serves many connections can run it.
+    or it raises Refused.  Its pace decides which thread runs it, see counter/lanes.py.  A QUICK one
+    takes microseconds and returns bytes: while it runs, all other connections wait.
     """
 
     def mark(function):
-        function.may_wait = may_wait
+        function.pace = pace
         return function
 
     return mark
@@ -37,7 +38,7 @@ def action(may_wait=True):
 def refusing(refused):
     """Return the action that raises this Refused."""
 
-    @action(may_wait=False)
+    @action(QUICK)
     def refuse(_body, _connection):
         raise refused
 
@@ -47,7 +48,7 @@ def refusing(refused):
 def with_headers(inner, lines):
     """Return an action with further header lines, as bytes, in its response, also where it refuses."""
 
-    @action(may_wait=inner.may_wait)
+    @action(inner.pace)
     def answer(body, connection):
         try:
             response, further = http1.opened(inner(body, connection))
@@ -117,7 +118,7 @@ class Router:
 
 
 def _allowing(allowed):
-    @action(may_wait=False)
+    @action(QUICK)
     def options(_body, _connection):
         return http1.response(204, b"", headers=[("Allow", allowed)])
 

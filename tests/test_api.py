@@ -10,6 +10,7 @@ from conftest import wait_until, wait_until_waiting
 from api import BODY_MAX
 from counter import AMOUNT_MAX, Delta, __version__, http1, increment_id, new_replica, wire
 from counter.config import parse_arguments
+from counter.lanes import PEERS, QUICK, SLOW, WAITS
 from counter_server import Node
 
 
@@ -656,31 +657,31 @@ def test_a_query_that_means_nothing_is_refused(client, path):
 
 
 @pytest.mark.parametrize(
-    ("method", "target", "may_wait"),
+    ("method", "target", "pace"),
     [
-        ("POST", "/increment/x?amount=2", False),
-        ("POST", "/increment?acks=1", True),
-        ("POST", "/increment?%61cks=1", True),
-        ("GET", "/count/x", False),
-        ("HEAD", "/count/x", False),
-        ("GET", f"/count?after={NOBODYS_ID}", True),
-        ("GET", f"/increments/{NOBODYS_ID}", False),
-        ("GET", "/healthz", False),
-        ("GET", "/readyz", False),
-        ("OPTIONS", "/count", False),
-        ("GET", "/counts", True),
-        ("GET", "/peers", True),
-        ("GET", "/metrics", True),
-        ("GET", "/", True),
-        ("POST", wire.PATH, True),
+        ("POST", "/increment/x?amount=2", QUICK),
+        ("POST", "/increment?acks=1", WAITS),
+        ("POST", "/increment?%61cks=1", WAITS),
+        ("GET", "/count/x", QUICK),
+        ("HEAD", "/count/x", QUICK),
+        ("GET", f"/count?after={NOBODYS_ID}", WAITS),
+        ("GET", f"/increments/{NOBODYS_ID}", QUICK),
+        ("GET", "/healthz", QUICK),
+        ("GET", "/readyz", QUICK),
+        ("OPTIONS", "/count", QUICK),
+        ("GET", "/counts", SLOW),
+        ("GET", "/peers", SLOW),
+        ("GET", "/metrics", SLOW),
+        ("GET", "/", SLOW),
+        ("POST", wire.PATH, PEERS),
     ],
 )
 @pytest.mark.parametrize("headers", [(), ("Origin: https://a.example",)])
-def test_an_action_says_whether_it_may_wait(start_local, method, target, may_wait, headers):
-    """A thread that serves many connections runs only those that answer at once."""
+def test_an_action_says_where_it_runs(start_local, method, target, pace, headers):
+    """The thread that serves all connections runs only those that answer at once."""
     api = start_local("--cors-origin", "https://a.example").api
     head = http1.parse_head(request(method, target, *headers)[:-4])
-    assert api.action(head).may_wait is may_wait
+    assert api.action(head).pace is pace
 
 
 @pytest.mark.parametrize(

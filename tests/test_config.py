@@ -22,7 +22,8 @@ def test_defaults():
             "retry_backoff_max": 10.0,
             "retry_workers": 4,
             "drain_timeout": 5.0,
-            "max_connections": 512,
+            "max_connections": 10_000,
+            "max_waiting": 512,
             "log_level": "info",
         }.items()
     )
@@ -94,6 +95,7 @@ def test_an_argument_is_taken(arguments, field, value):
         (["--retry-workers", "0"], "--retry-workers"),
         (["--retry-workers", "1.5"], "--retry-workers"),
         (["--max-connections", "0"], "--max-connections"),
+        (["--max-waiting", "0"], "--max-waiting"),
         (["--cluster", "\udcff"], "--cluster"),  # as a byte that is no UTF-8 arrives
         (["--cors-origin", "example.org"], "--cors-origin"),
         (["--cors-origin", "https://example.org/"], "--cors-origin"),
@@ -138,6 +140,7 @@ def test_help_tells_every_flag_and_its_default(capsys):
         "--retry-workers",
         "--drain-timeout",
         "--max-connections",
+        "--max-waiting",
         "--log-level",
         "--log-format",
         "--version",

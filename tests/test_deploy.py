@@ -153,13 +153,14 @@ def keys(number):
 def test_the_memory_limit_holds_what_the_flags_allow():
     """It follows from the formula beside it, whose figures bound those of the real objects."""
     text = (DEPLOY / "kubernetes.yaml").read_text()
-    base, per_counter, per_key, per_connection = (
+    base, per_counter, per_key, per_connection, per_waiting = (
         float(re.search(pattern, text)[1]) * unit
         for pattern, unit in [
             (r"# +(\d+) MiB\n", 2**20),
             (r"\+ ([\d.]+) KB for every counter", 1000),
             (r"\+ ([\d.]+) KB for every key", 1000),
             (r"\+ ([\d.]+) KB for every connection", 1000),
+            (r"\+ ([\d.]+) KB for every request that waits", 1000),
         ]
     )
     assert bytes_per_item(counters) <= per_counter
@@ -173,6 +174,7 @@ def test_the_memory_limit_holds_what_the_flags_allow():
         + per_counter * pods * config.max_counters * processes
         + per_key * config.max_idempotency_keys
         + per_connection * config.max_connections
+        + per_waiting * config.max_waiting
     )
     limit = container()["resources"]["limits"]["memory"]
     assert limit.endswith("Gi")

@@ -152,7 +152,9 @@ def test_what_a_connection_counted_outlives_it(node, connect):
     closed, open = connect(), connect()
     ask(closed, "GET", "/count")
     ask(open, "GET", "/count")
-    assert scrape(open)["counter_connections", ("kind", "client")] == 2
+    found = scrape(connect())
+    assert found["counter_connections", ("kind", "client")] == 2
+    assert found["counter_connections", ("kind", "guest")] == 1
     closed.close()
     wait_until(lambda: node.server.connections()["client"] == 1)
     found = scrape(open)
@@ -184,7 +186,7 @@ def test_a_duration_falls_into_its_bucket():
     assert sum(tally.buckets) == len(BUCKETS_S) + 12
 
 
-def test_totals_are_of_open_and_ended_connections():
+def test_totals_are_of_live_and_ended_threads():
     """The caller owns them: later requests do not change them."""
     requests = Requests()
     first, second = requests.open(), requests.open()

@@ -1,8 +1,6 @@
 """Serving: connections byte by byte, many of them, and how they end."""
 
-import contextlib
 import errno
-import io
 import itertools
 import logging
 import random
@@ -13,48 +11,16 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from clients import NOBODYS_ID, Client, closes_with, gossip_request, problem, read_reply, request
+from clients import NOBODYS_ID, Client, closes_with, gossip_request, next_id, problem, request
 from conftest import wait_until, wait_until_waiting
 
+import api
 from api import BODY_MAX, action
-from counter import Delta, http1, new_replica, serving, wire
+from counter import Delta, connections, http1, lanes, new_replica, places, wire
 from counter.config import parse_arguments
-from counter.serving import CLIENT, RESERVE_MAX, Connection
+from counter.lanes import SLOW, WAITS
+from counter.places import CLIENT, PEER
 from counter_server import Node
-
-
-class Pieces:
-    """A socket whose other side sends just these pieces and then hangs up."""
-
-    def __init__(self, pieces):
-        self._pieces, self.sent = iter(pieces), b""
-
-    def recv(self, size):
-        piece = next(self._pieces, b"")
-        assert len(piece) <= size
-        return piece
-
-    def sendall(self, data):
-        self.sent += data
-
-    def setsockopt(self, *_option):
-        pass
-
-    shutdown = setsockopt
-
-
-def replies_to_pieces(node, *pieces):
-    """Serve a connection on which these pieces arrive one by one; return all responses."""
-    sock = Pieces(pieces)
-    Connection(sock, node.server, CLIENT).serve()
-    stream, replies = io.BytesIO(sock.sent), []
-    while stream.tell() < len(sock.sent):
-        replies.append(read_reply(stream))
-    return replies
-
-
-def serving_threads():
-    return {thread for thread in threading.enumerate() if thread.name.startswith("connection-")}
 
 
 @pytest.fixture(scope="module")
@@ -164,37 +130,11 @@ def test_a_request_may_come_byte_by_byte(client):
     assert client.read().json()["count"] == 5
 
 
-@pytest.mark.parametrize("body", [b"", b'{"amount": 1}'])
-@pytest.mark.parametrize("between", [b"", request("GET", "/nowhere"), b"\r\n"])
-def test_requests_may_be_cut_anywhere(node, body, between):
-    """Three in a row are served alike wherever TCP divides them."""
-    once, count = request("POST", "/increment/cut", body=body), node.counter.value("cut")
-    raw = once + between + once * 2
-    for cut in range(1, len(raw)):
-        replies = [reply for reply in replies_to_pieces(node, raw[:cut], raw[cut:]) if reply.status != 404]
-        assert [reply.json()["count"] for reply in replies] == [count + 1, count + 2, count + 3], raw[:cut]
-        count += 3
-
-
-def test_a_body_may_come_after_its_head(node):
-    """Time and again, though the heads are the same."""
-    head = request("POST", "/increment/headed", "Content-Length: 13")
-    replies = replies_to_pieces(node, *[head, b'{"amount": 5}'] * 3)
-    assert [reply.json()["count"] for reply in replies] == [5, 10, 15]
-
-
 def test_a_request_may_come_after_an_empty_line(client):
     """Some clients end a body with one that is not part of it."""
     client.send(b"\r\n" + request("POST", "/increment/empty-line", body=b"{}") + b"\r\n")
     assert client.ask("POST", "/increment/empty-line").json()["count"] == 1
     assert client.read().json()["count"] == 2
-
-
-def test_empty_lines_are_no_request(node):
-    """However they are cut off from the request that follows, they never stand for it."""
-    empty, once = b"\r\n\r\n", request("POST", "/increment/empty-lines")
-    assert [reply.json()["count"] for reply in replies_to_pieces(node, empty, once, empty)] == [1]
-    assert [reply.json()["count"] for reply in replies_to_pieces(node, empty, once, once)] == [2, 3]
 
 
 def test_requests_in_turn_get_their_own_answers(client):
@@ -223,16 +163,6 @@ def test_100_continue_is_said(client):
     assert client.read().status == 100
     client.send(b'{"amount": 5}')
     assert client.read().json()["count"] == 5
-
-
-@pytest.mark.parametrize(
-    ("version", "pieces", "statuses"), [("1.1", 2, [100, 200]), ("1.1", 1, [200]), ("1.0", 2, [200])]
-)
-def test_100_continue_is_not_said_without_need(node, version, pieces, statuses):
-    """Not where the body came along, nor to HTTP/1.0, which does not know it."""
-    head = request("POST", "/increment/needless", "Expect: 100-continue", "Content-Length: 2", version=version)
-    replies = replies_to_pieces(node, *[[head + b"{}"], [head, b"{}"]][pieces - 1])
-    assert [reply.status for reply in replies] == statuses
 
 
 def test_an_unknown_expectation_is_417(client):
@@ -282,7 +212,7 @@ def test_what_is_no_clean_http_is_refused(client, connect, node, raw, status):
 
 def test_a_bare_lf_ends_nothing(client, monkeypatch):
     """A head whose lines end in LF alone is waited for in vain."""
-    monkeypatch.setattr(serving, "HEAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.1)
     client.send(b"GET /count HTTP/1.1\nHost: a\n\n")
     closes_with(client, 408)
 
@@ -304,21 +234,15 @@ def test_a_head_that_is_too_large_is_refused(client, raw, status):
     closes_with(client, status)
 
 
-def test_the_largest_head_may_be_cut_anywhere(node):
-    """A line or a head that just keeps its limit is no longer for an end that comes in two pieces."""
-    line = b"GET /count/" + b"n" * (http1.LINE_MAX - len("GET /count/ HTTP/1.1")) + b" HTTP/1.1"
-    head = request("GET", "/count/cut")[:-4] + b"\r\nX: "
-    head += b"x" * (http1.HEAD_MAX - len(head))
-    for cut in range(1, 4):
-        end = b"\r\nHost: a\r\n\r\n"
-        assert [reply.status for reply in replies_to_pieces(node, line + end[:cut], end[cut:])] == [400]
-        end = b"\r\n\r\n"
-        assert [reply.status for reply in replies_to_pieces(node, head + end[:cut], end[cut:])] == [200]
+def test_a_tls_hello_is_answered_at_once(client):
+    """As curl https://… sends it to the plain port: it need not wait until a head has taken too long."""
+    client.send(bytes.fromhex("1603010200010001fc0303"))
+    assert "TLS" in problem(client.read(), 400)
 
 
 def test_a_body_that_is_too_large_is_refused_and_the_answer_can_be_read(client, monkeypatch):
     """A client that first sends all of it is listened to until then."""
-    monkeypatch.setattr(serving, "LINGER_S", 15.0)
+    monkeypatch.setattr(connections, "LINGER_S", 15.0)
     client.send(request("POST", "/increment/large", body=b"x" * (128 * BODY_MAX)))
     reply = client.read()
     problem(reply, 413)
@@ -333,7 +257,7 @@ def test_a_body_that_is_too_large_is_not_asked_for(client):
 
 def test_a_head_must_be_complete_in_time(client, monkeypatch):
     """However steadily it trickles in."""
-    monkeypatch.setattr(serving, "HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.2)
     client.send(b"GET /count HTTP/1.1\r\nX: ")
 
     def answered():
@@ -344,37 +268,10 @@ def test_a_head_must_be_complete_in_time(client, monkeypatch):
     problem(client.read(), 408)
 
 
-class NeverEnding:
-    """A socket that always has one byte more, at once: a trickle faster than any client of a test can be."""
-
-    def recv(self, _size):
-        return b"x"
-
-    def setsockopt(self, *_):
-        pass
-
-
-def test_time_is_over_though_more_is_there(node, monkeypatch):
-    """However fast it trickles in: between two bytes a node need not have waited at all."""
-    monkeypatch.setattr(serving, "HEAD_TIMEOUT_S", 0.01)
-    connection = Connection(NeverEnding(), node.server, CLIENT)
-    connection._reader.feed(b"GET / HTTP/1.1\r\nX: ")
-    with pytest.raises(http1.Refused) as refused:
-        connection._read_head()
-    assert refused.value.status == 408
-
-
-def test_a_body_must_be_complete_in_time(client, monkeypatch):
-    """Nothing of a half one is counted."""
-    monkeypatch.setattr(serving, "BODY_TIMEOUT_S", 0.1)
-    client.send(request("POST", "/increment/half", "Content-Length: 13") + b'{"amount"')
-    closes_with(client, 408)
-
-
 @pytest.mark.parametrize("requests", [0, 1])
 def test_an_idle_connection_is_closed(node, connect, monkeypatch, requests):
     """Without a word, before its first request or after one."""
-    monkeypatch.setattr(serving, "IDLE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(connections, "IDLE_TIMEOUT_S", 0.1)
     client = connect(node)
     for _ in range(requests):
         assert client.ask("GET", "/count").status == 200
@@ -395,14 +292,14 @@ def test_an_idle_connection_is_closed(node, connect, monkeypatch, requests):
     ],
     ids=["nothing", "half a head", "half a body", "no body", "no reader", "while it waits", "after an error"],
 )
-def test_a_client_may_hang_up_at_any_time(node, connect, sent, hang_up):
-    """Its thread ends, nobody else notices, and the log stays quiet."""
-    others = serving_threads()
+def test_a_client_may_hang_up_at_any_time(start_local, connect, sent, hang_up):
+    """Its connection ends, nobody else notices, and the log stays quiet."""
+    node = start_local()
     client = connect(node)
     client.send(sent)
-    wait_until(lambda: serving_threads() - others)
+    wait_until(lambda: any(node.server.connections().values()))
     hang_up(client)
-    wait_until(lambda: not serving_threads() - others)
+    wait_until(lambda: not any(node.server.connections().values()))
     assert connect(node).ask("GET", "/count").status == 200
 
 
@@ -421,18 +318,18 @@ class Sink:
 @pytest.fixture
 def sinks(node, monkeypatch):
     """Give POST /increment/sink a Sink instead of a body; return those of all requests.  The answer has its size."""
-    made, api = [], node.server.api
+    made = []
 
     def body_sink(head):
         made.append(Sink())
         return made[-1] if head.path == "/increment/sink" else None
 
-    def action(head):
-        return lambda body, _connection: http1.ok(f"{type(body).__name__} {sum(map(len, body.fed))}\n")
+    def answer(_head):
+        return action(SLOW)(lambda body, _: http1.ok(f"{type(body).__name__} {sum(map(len, body.fed))}\n"))
 
-    monkeypatch.setattr(api, "body_max", lambda head: 2**20)
-    monkeypatch.setattr(api, "body_sink", body_sink)
-    monkeypatch.setattr(api, "action", action)
+    monkeypatch.setattr(node.api, "body_max", lambda head: 2**20)
+    monkeypatch.setattr(node.api, "body_sink", body_sink)
+    monkeypatch.setattr(node.api, "action", answer)
     return made
 
 
@@ -444,7 +341,7 @@ def test_a_sink_is_fed_the_body_as_it_arrives(client, sinks):
         assert client.read().body == b"Sink %d\n" % len(body)
         assert client.read().body == b"Sink 0\n"
     assert [b"".join(sink.fed) for sink in sinks[::2]] == [b"", b"abc", b"x" * 200_000]
-    assert all(len(piece) <= serving.RECEIVE_SIZE for sink in sinks for piece in sink.fed)
+    assert all(len(piece) <= connections.BODY_RECEIVE_SIZE for sink in sinks for piece in sink.fed)
 
 
 def test_a_sink_is_fed_before_the_body_is_whole(client, sinks):
@@ -455,29 +352,9 @@ def test_a_sink_is_fed_before_the_body_is_whole(client, sinks):
     assert client.read().body == b"Sink 6\n"
 
 
-def test_what_a_sink_refuses_is_refused_at_once(client, sinks):
-    """The rest of the body is not waited for, and is not taken for a request."""
-    client.send(request("POST", "/increment/sink", "Content-Length: 60") + b"\0")
-    closes_with(client, 400)
-
-
-def test_a_body_for_a_sink_may_take_long_while_it_goes_on(client, sinks, monkeypatch):
-    """What ends it is a pause, not the time that it takes in all."""
-    monkeypatch.setattr(serving, "BODY_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(serving, "PROGRESS_TIMEOUT_S", 5.0)
-    client.send(request("POST", "/increment/sink", "Content-Length: 10"))
-    for number in range(10):
-        client.send(b"x")
-        wait_until(lambda: sinks and sum(map(len, sinks[0].fed)) > number)  # noqa: B023
-    assert client.read().body == b"Sink 10\n"
-    monkeypatch.setattr(serving, "PROGRESS_TIMEOUT_S", 0.05)
-    client.send(request("POST", "/increment/sink", "Content-Length: 10") + b"x")
-    closes_with(client, 408)
-
-
 def answering(monkeypatch, node, respond):
     """Have the node answer everything with what respond(body, connection) returns."""
-    monkeypatch.setattr(node.server.api, "action", lambda head: respond)
+    monkeypatch.setattr(node.api, "action", lambda head: action(SLOW)(respond))
 
 
 @pytest.mark.parametrize("lines", [[], ["Connection: close"]])
@@ -486,10 +363,10 @@ def test_an_action_may_answer_in_pieces(client, node, monkeypatch, lines):
     pieces = [http1.response(200, b"x" * 300_001)[:-300_001], *[b"x" * 100_000] * 3, b"x"]
     answering(monkeypatch, node, lambda *_: (piece for piece in pieces))
     for _ in range(1 if lines else 3):
-        reply = client.ask("GET", "/count", *lines)
+        reply = client.ask("GET", "/anything", *lines)
         assert (reply.status, reply.body) == (200, b"x" * 300_001)
         assert reply.headers.get("connection") == ("close" if lines else None)
-        assert lines or client.ask("HEAD", "/count").headers["content-length"] == "300001"
+        assert lines or client.ask("HEAD", "/anything").headers["content-length"] == "300001"
     assert not lines or client.is_over()
 
 
@@ -497,7 +374,7 @@ def test_a_page_of_an_allowed_site_may_get_an_answer_in_pieces(start_local, conn
     """The headers that allow it are in the first piece."""
     node = start_local("--cors-origin", "https://a.example")
     in_pieces = action()(lambda *_: iter([http1.response(200, b"a"), b""]))
-    monkeypatch.setattr(node.server.api._router, "action", lambda head: in_pieces)
+    monkeypatch.setattr(node.api._router, "action", lambda head: in_pieces)
     reply = connect(node).ask("GET", "/count", "Origin: https://a.example")
     assert (reply.headers["access-control-allow-origin"], reply.body) == ("https://a.example", b"a")
 
@@ -510,7 +387,7 @@ def test_a_bug_within_an_answer_in_pieces_ends_the_connection(client, node, monk
         raise ZeroDivisionError
 
     answering(monkeypatch, node, lambda *_: pieces())
-    client.send(request("GET", "/count"))
+    client.send(request("GET", "/anything"))
     assert client.stream.read().endswith(b"\r\n\r\nx")
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
     caplog.clear()
@@ -520,8 +397,9 @@ def test_a_bug_within_an_answer_in_pieces_ends_the_connection(client, node, monk
 
 
 @pytest.fixture
-def full(start_local, connect):
-    """A node whose two connections for clients are taken, and those."""
+def full(start_local, connect, monkeypatch):
+    """A node whose two places for clients are taken, by clients that do not have to give way."""
+    monkeypatch.setattr(places, "IDLE_LEAST_S", 1000.0)
     node = start_local("--max-connections", "2")
     clients = [connect(node), connect(node)]
     assert all(client.ask("GET", "/count").status == 200 for client in clients)
@@ -544,9 +422,10 @@ def test_who_watches_a_full_node_is_answered(full, connect, path):
     """Whoever restarts what does not answer must not restart all nodes because they have many clients."""
     node, _ = full
     watcher = connect(node)
-    watcher.send(request("GET", path))
-    assert watcher.read().status == 200
-    assert watcher.is_over()
+    assert watcher.ask("GET", path).status == 200
+    assert watcher.ask("GET", path).status == 200
+    watcher.send(request("GET", "/count"))
+    closes_with(watcher, 503)
 
 
 def test_a_full_node_logs_it_once_and_so_when_there_is_room_again(full, connect, caplog):
@@ -578,29 +457,6 @@ def test_a_node_that_cannot_accept_says_so_and_goes_on(start_local, connect, cap
     assert connect(node).ask("GET", "/count").status == 200
     assert [record.getMessage() for record in caplog.records] == [
         "no connection can be accepted: error=[Errno 24] Too many open files"
-    ]
-
-
-def test_a_node_that_can_start_no_further_thread_makes_room_to_be_watched(start_local, connect, caplog, monkeypatch):
-    """As many clients as there are connections in reserve have to go, and it is a line in the log."""
-    node, start = start_local(), threading.Thread.start
-    clients = [connect(node) for _ in range(RESERVE_MAX + 2)]
-    assert all(client.ask("GET", "/count").status == 200 for client in clients)
-
-    def start_if_there_is_room(thread):
-        if len(serving_threads()) >= len(clients):
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", start_if_there_is_room)
-    assert connect(node).is_over()
-    wait_until(lambda: node.server.connections()[CLIENT] == 2)
-    watcher = connect(node)
-    watcher.send(request("GET", "/healthz"))
-    assert watcher.read().status == 200
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
-        "no thread could be started: clients served from now on, max=2",
-        "clients are sent away: all of --max-connections are taken, max=2",
     ]
 
 
@@ -652,37 +508,9 @@ def test_a_peer_that_came_as_a_client_makes_room_for_one(full, connect):
     node, clients = full
     clients[0].send(gossip_request(node))
     assert clients[0].read().status == 200
+    wait_until(lambda: node.server.connections()[CLIENT] == 1)
     assert connect(node).ask("GET", "/count").status == 200
     assert clients[0].ask("GET", "/count").status == 200
-
-
-def test_a_peer_that_came_on_a_connection_in_reserve_may_be_silent(full, connect, monkeypatch):
-    """It is not to need a place in the reserve again for every heartbeat."""
-    monkeypatch.setattr(serving, "RESERVE_TIMEOUT_S", 0.05)
-    node, _ = full
-    peer = connect(node)
-    peer.send(gossip_request(node))
-    assert peer.read().status == 200
-    assert not select.select([peer.socket], [], [], 0.3)[0]
-    peer.send(gossip_request(node))
-    assert peer.read().status == 200
-
-
-def test_silent_clients_do_not_keep_a_peer_out(full, connect, monkeypatch):
-    """Those beyond the limit who say nothing are soon hung up on, and make room."""
-    monkeypatch.setattr(serving, "RESERVE_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(serving, "RESERVE_MAX", 2)
-    node, _clients = full
-    silent = [connect(node) for _ in range(4)]
-
-    def served():
-        with contextlib.suppress(EOFError, ConnectionError):
-            peer = connect(node)
-            peer.send(gossip_request(node))
-            return peer.read().status == 200
-
-    wait_until(served)
-    assert all(client.is_over() for client in silent)
 
 
 def test_increments_that_race_are_all_counted(node, client, connect):
@@ -707,7 +535,186 @@ def test_increments_that_race_are_all_counted(node, client, connect):
     assert client.count("raced") == threads * times
 
 
+def test_the_client_that_is_idle_for_longest_gives_way(full, connect, monkeypatch):
+    """So an active one gets a place; the one that was hung up on finds its connection closed, without a word."""
+    monkeypatch.setattr(places, "IDLE_LEAST_S", 0.0)
+    node, (first, second) = full
+    assert first.ask("GET", "/count").status == 200
+    assert connect(node).ask("GET", "/count").status == 200
+    assert second.is_over()
+    assert first.ask("GET", "/count").status == 200
+    assert node.server.connections()[CLIENT] == 2
+
+
+def test_silent_connections_keep_nobody_out(start_local, connect):
+    """Clients, peers and who watches are served, however many there are that say nothing or next to nothing."""
+    node = start_local("--max-connections", "20")
+    client = connect(node)
+    assert client.ask("GET", "/count").status == 200
+    silent = []
+    for number in range(100):
+        silent.append(connect(node))
+        if number % 2:
+            silent[-1].send(b"GET")
+        if number % 20 == 0:
+            assert connect(node).ask("POST", "/increment").status == 200
+            assert connect(node).ask("GET", "/healthz").status == 200
+            peer = connect(node)
+            peer.send(gossip_request(node))
+            assert peer.read().status == 200
+    assert client.ask("GET", "/count").json()["count"] == 5
+    wait_until(lambda: sum(node.server.connections().values()) <= 20 + places.guests_for(20) + 5)
+    assert silent[0].is_over()
+
+
+def test_connections_of_peers_are_bounded_by_the_peers_there_are(start_local, connect, monkeypatch):
+    """Whoever sends a message again and again on new connections closes the oldest of them."""
+    node = start_local()
+    monkeypatch.setattr(api, "CONNECTIONS_PER_PEER", 0)
+    monkeypatch.setattr(api, "PEERS_SPARE", 3)
+    peers = []
+    for _ in range(6):
+        peers.append(connect(node))
+        peers[-1].send(gossip_request(node))
+        assert peers[-1].read().status == 200
+    wait_until(lambda: node.server.connections()[PEER] == 3)
+    assert all(peer.is_over() for peer in peers[:3])
+    peers[3].send(gossip_request(node))
+    assert peers[3].read().status == 200
+
+
+def test_there_may_be_connections_for_each_known_peer(start_local):
+    """And some for peers to come."""
+    node = start_local()
+    spare = node.api.peers_max()
+    other = start_local("--peers", f"127.0.0.1:{node.port}")
+    wait_until(lambda: other.table.active() and node.api.peers_max() > spare >= 16)
+
+
+# Threads.
+
+
+def test_idle_and_busy_clients_take_no_threads(node, connect):
+    """One serves them all."""
+    clients = [connect(node) for _ in range(50)]
+    threads = threading.active_count()
+    for _ in range(3):
+        for client in clients:
+            client.send(request("POST", "/increment/threads"))
+        for client in clients:
+            assert client.read().status == 200
+    assert threading.active_count() <= threads
+
+
+def test_who_waits_holds_up_nobody(node, connect):
+    """Not even many of them."""
+    waiting = [connect(node) for _ in range(20)]
+    for client in waiting:
+        client.send(request("GET", f"/count?timeout=60&after={next_id(node)}"))
+    wait_until(lambda: len(node.counter._waiting.get(node.counter.replica, ())) == 20)
+    assert connect(node).ask("POST", "/increment").status == 200
+    assert all(client.read().status == 200 for client in waiting)
+
+
+def test_only_so_many_may_wait(start_local, connect):
+    """The next is told so at once; what need not wait is served, and so is the next once one is through."""
+    node = start_local("--max-waiting", "2")
+    waiting, client = [connect(node), connect(node)], connect(node)
+    for one in waiting:
+        one.send(request("GET", f"/count?timeout=60&after={next_id(node)}"))
+    wait_until(lambda: len(node.counter._waiting.get(node.counter.replica, ())) == 2)
+    refused = client.ask("POST", "/increment?acks=1")
+    assert "--max-waiting" in problem(refused, 503)
+    assert "retry-after" in refused.headers
+    assert client.ask("POST", "/increment").json()["count"] == 1
+    assert all(one.read().status == 200 for one in waiting)
+    wait_until(lambda: client.ask("POST", "/increment?acks=1").status == 200)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
+def test_without_threads_a_node_serves_what_needs_none_and_recovers(start_local, connect, monkeypatch, error):
+    """As many clients as before; what waits is told, and served once there are threads again."""
+    node = start_local()
+
+    def start_new_thread(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lanes._thread, "start_new_thread", start_new_thread)
+        clients = [connect(node) for _ in range(50)]
+        assert all(client.ask("POST", "/increment").status == 200 for client in clients)
+        problem(clients[0].ask("POST", "/increment?acks=1"), 503)
+        assert clients[0].ask("GET", "/peers").status == 200  # of such threads there is always one
+        assert connect(node).ask("GET", "/metrics").status == 200
+    assert clients[0].ask("POST", "/increment?acks=1").json()["count"] == 51
+    assert all(client.ask("GET", "/count").status == 200 for client in clients)
+
+
+def test_a_thread_that_dies_as_it_starts_holds_up_nobody(start_local, connect, monkeypatch):
+    """For lack of memory it may never come to life; its job is done by the next."""
+    monkeypatch.setattr(lanes, "START_TIMEOUT_S", 0.1)
+    node, client = start_local(), connect(start_local())
+    client = connect(node)
+    with monkeypatch.context() as patch:
+        patch.setattr(lanes._thread, "start_new_thread", lambda *_: None)
+        client.send(request("POST", "/increment?acks=1"))
+        wait_until(lambda: node.server._lanes[WAITS]._jobs)
+        assert connect(node).ask("POST", "/increment").status == 200
+    assert client.read().json()["count"] == 2
+
+
+def test_without_memory_for_a_connection_the_next_is_served(start_local, connect, monkeypatch, caplog):
+    """The one is closed; it is a line in the log, not a traceback each."""
+    node, tries = start_local(), itertools.count()
+    reader = http1.RequestReader
+
+    def read_later():
+        if next(tries) < 3:
+            raise MemoryError
+        return reader()
+
+    monkeypatch.setattr(connections.http1, "RequestReader", read_later)
+    assert all(connect(node).is_over() for _ in range(3))
+    assert connect(node).ask("GET", "/count").status == 200
+    assert [record.getMessage() for record in caplog.records] == ["no memory to serve connections"]
+
+
+def test_an_action_that_is_slow_holds_up_nobody(start_local, connect, monkeypatch):
+    """Not another slow one, until as many threads are taken as there are for those."""
+    node, over = start_local(), threading.Event()
+    monkeypatch.setattr(node.api, "_peers", lambda head: action(SLOW)(lambda *_: over.wait() and http1.ok("{}\n")))
+    slow = [connect(node) for _ in range(2)]
+    for client in slow:
+        client.send(request("GET", "/peers"))
+    assert connect(node).ask("GET", "/counts").status == 200
+    assert connect(node).ask("POST", "/increment").status == 200
+    over.set()
+    assert all(client.read().status == 200 for client in slow)
+
+
 # Stopping.
+
+
+def test_who_has_connected_is_answered_when_the_node_stops(start_local, connect, monkeypatch):
+    """Also where the connection has not been accepted yet: closing the listener would reset it."""
+    node, accept, goes_on = start_local(), socketserver.TCPServer.get_request, threading.Event()
+
+    def accept_later(server):
+        goes_on.wait()
+        return accept(server)
+
+    monkeypatch.setattr(socketserver.TCPServer, "get_request", accept_later)
+    clients = [connect(node) for _ in range(50)]
+    for client in clients[:-1]:
+        client.send(request("POST", "/increment"))
+    stopping = threading.Thread(target=node.stop)
+    stopping.start()
+    wait_until(node.server._stopped.is_set)
+    goes_on.set()
+    stopping.join()
+    assert all("retry-after" in closes_with(client, 503).headers for client in clients[:-1])
+    assert clients[-1].is_over()
+    assert node.counter.value("default") == 0
 
 
 def test_a_request_in_flight_is_answered_when_the_node_stops(start_local, connect):

@@ -1,0 +1,354 @@
+"""One connection of a client or a peer: what has arrived, what is to be sent, which state it is in.
+
+    accepted ─▶ RECEIVING ── a quick action answers at once ──▶ SENDING ─┬─▶ RECEIVING …
+                    │                                              ▲     └─▶ LINGERING ─▶ CLOSED
+                    └── any other in a thread ──▶ ANSWERING ───────┘         after the last response
+
+    state       it waits for                   for at most
+    RECEIVING   the next request               IDLE_TIMEOUT_S
+                … the rest of its head         HEAD_TIMEOUT_S
+                … the rest of its body         BODY_TIMEOUT_S, or PROGRESS_TIMEOUT_S for the next piece to a sink
+    ANSWERING   a thread of a lane             as long as the action takes
+    SENDING     the other side to read         SEND_TIMEOUT_S, or PROGRESS_TIMEOUT_S for the next piece to a peer
+    LINGERING   the other side to hang up      LINGER_S
+
+A connection belongs to the poller, but while it is ANSWERING to a thread of a lane.  Only its owner calls
+its methods, and nothing here waits for the other side.  The state is changed by the poller's thread alone.
+"""
+
+import ipaddress
+import logging
+import socket
+import time
+from functools import partial
+
+from counter import http1
+from counter.exchanges import Exchange
+from counter.http1 import Refused, unavailable
+from counter.lanes import QUICK
+from counter.places import GUEST, PEER
+
+log = logging.getLogger("counter.serving")
+
+RECEIVING, ANSWERING, SENDING, LINGERING, CLOSED = "receiving", "answering", "sending", "lingering", "closed"
+BEFORE, HEAD, BODY = "before", "head", "body"  # the part of a request that has not arrived
+
+RECEIVE_SIZE = 16 * 1024  # at once: some 200 requests, during which other connections wait
+BODY_RECEIVE_SIZE = 256 * 1024
+IDLE_TIMEOUT_S = 60.0
+HEAD_TIMEOUT_S = 10.0
+BODY_TIMEOUT_S = 30.0
+SEND_TIMEOUT_S = 30.0
+PROGRESS_TIMEOUT_S = 10.0
+LINGER_S = 1.0
+RECENT_S, GRACE_S = 1.0, 0.25  # who sent a request so recently has so long to send another when the node stops
+
+STOPPING = "this node is stopping; try another"
+NO_PLACE = "all connections are taken; try again later"
+NO_THREAD = "as many requests as --max-waiting wait already; try again later"
+NO_MEMORY = "this node is out of memory; try another"
+
+
+class Connection:
+    """Its public attributes belong to the poller and to Places."""
+
+    def __init__(self, sock, poller, now):
+        self.sock, self._poller = sock, poller
+        self.state, self.kind = RECEIVING, GUEST
+        self.active_at = now  # when it was accepted, or its latest request was complete
+        self.deadline = now + IDLE_TIMEOUT_S
+        self.watched, self.is_muted = 0, False  # the events the poller listens for; it stopped to while ANSWERING
+        self.is_peer = False  # an action has found it to be a peer's
+        self._reader = http1.RequestReader()
+        self._waits_for = BEFORE  # the part of a request that the deadline is for
+        self._exchange = None  # from the head of a request until there is a response
+        self._lane = None  # where the latest request ran that was not quick
+        self._outgoing, self._further = [], None  # bytes to send, and an iterator of what comes after them
+        self._is_paced = False  # they go to a peer in pieces, and may take long while that goes on
+        self._is_last = False  # nothing is received after they were sent
+
+    @property
+    def busy(self):
+        return self.state is ANSWERING
+
+    @property
+    def closed(self):
+        return self.state is CLOSED
+
+    def local_host(self):
+        """Return the address of this machine that the connection came to."""
+        host = ipaddress.ip_address(self.sock.getsockname()[0])
+        return str(getattr(host, "ipv4_mapped", None) or host)
+
+    def response_to_failure(self, error):
+        """Log an exception of an action, which costs its connection only, and return the response."""
+        if isinstance(error, MemoryError):
+            self._poller.complain("no memory to answer a request")
+            return unavailable(NO_MEMORY).response()
+        log.error("serving a request failed", exc_info=error)
+        return Refused(500, "this node failed to serve the request; see its log").response()
+
+    # What the poller calls.
+
+    def receive(self, now):
+        """Take what has arrived, and answer as far as that can be done at once."""
+        is_start = self._waits_for is BEFORE and not self._reader.buffered
+        try:
+            received = self.sock.recv(RECEIVE_SIZE if is_start else BODY_RECEIVE_SIZE)
+        except BlockingIOError:
+            return
+        if not received:  # hung up
+            self.state = CLOSED
+        elif self.state is LINGERING:
+            pass
+        elif is_start and self.kind is not GUEST and received in self._poller.repeated:
+            self._repeat(self._poller.repeated[received], now)
+        else:
+            self._reader.feed(received)
+            self._serve(now, received if is_start else None)
+
+    def send_more(self, now):
+        """Go on sending, and then with what follows."""
+        if self._is_paced:
+            self._due(now + PROGRESS_TIMEOUT_S)
+        self._go_on(now)
+        self._resume(now)
+
+    def take_back(self, now):
+        """Go on after a thread of a lane has done its part."""
+        self.state, self.is_muted, self._waits_for = RECEIVING, False, BEFORE
+        if self._exchange is None or self._is_last:
+            self._go_on(now)
+        self._resume(now)
+
+    def expire(self, now):
+        """End what has taken too long."""
+        if self.state is ANSWERING:
+            self.deadline = now + IDLE_TIMEOUT_S
+        elif self._waits_for is not BEFORE:
+            self._refuse(Refused(408, f"the {self._waits_for} of the request took too long"), now)
+        else:
+            self.state = CLOSED
+
+    def give_way(self, now):
+        """End at once, for the sake of another connection."""
+        if self._waits_for is not BEFORE:
+            self._refuse(unavailable(NO_PLACE), now)
+        self.state = CLOSED
+
+    def stop(self, now):
+        """End as the node does: after the request that is being answered, or may be on its way."""
+        if self.state is not RECEIVING:
+            return  # see _resume()
+        if self._waits_for is not BEFORE:
+            self._refuse(unavailable(STOPPING), now)
+        elif self.active_at > now - RECENT_S:
+            self._due(min(self.deadline, now + GRACE_S))
+        else:
+            self.state = CLOSED
+
+    # Receiving.
+
+    def _resume(self, now):
+        """Go on with what has arrived in the meantime, if all was sent."""
+        if self.state is RECEIVING:
+            self._serve(now)
+        if self.state is RECEIVING and self._poller.ends(self):
+            self.stop(now)
+
+    def _serve(self, now, received=None):
+        """Answer what has arrived, until a request is incomplete, needs a lane, or is the last.
+
+        `received` are the bytes that arrived last, if a request begins with them.
+        """
+        try:
+            while not self._is_last and self._further is None and self._read_request(now):
+                exchange, self.active_at = self._exchange, now
+                exchange.began = time.perf_counter()  # what came before was the time of the other side
+                if exchange.pace is not QUICK:
+                    self._flush()
+                    if self._hand_over(self._answer):
+                        return
+                    exchange.failure = unavailable(NO_THREAD)
+                elif received and not self._reader.buffered and exchange.can_repeat():
+                    self._poller.remember(received, exchange)
+                received = None
+                self._answer(self._poller.tally)
+        except Refused as refused:
+            self._refuse(refused, now)
+            return
+        if self._outgoing and self.state is RECEIVING:
+            self._go_on(now)
+
+    def _read_request(self, now):
+        """Take a request from what has arrived; return whether it is complete."""
+        while (event := self._reader.next()) is not None:
+            exchange = self._exchange
+            if exchange is None:
+                self._begin(event, now)
+            elif not event:
+                self._waits_for = BEFORE
+                return True
+            elif exchange.sink is None:
+                exchange.chunks.append(event)
+            elif self._hand_over(partial(self._feed, event)):
+                return False
+            else:
+                raise unavailable(NO_THREAD)
+        self._await_rest(now)
+        return False
+
+    def _begin(self, head, now):
+        """Find out what is to answer the request with this head."""
+        api = self._poller.api
+        self._exchange = Exchange(head, api.route_of(head.path))
+        if self.kind is GUEST and head.path not in api.vital_paths:
+            self._poller.seat(self, now)
+        self._exchange.choose(api)
+        if head.expects_continue and self._reader.buffered < head.length:
+            self._outgoing.append(http1.CONTINUE)
+
+    def _await_rest(self, now):
+        """Set the deadline for what is missing of a request."""
+        exchange = self._exchange
+        if exchange is not None:
+            part, timeout_s = BODY, BODY_TIMEOUT_S if exchange.sink is None else PROGRESS_TIMEOUT_S
+        elif self._reader.waits_for_request:
+            return
+        else:
+            part, timeout_s = HEAD, HEAD_TIMEOUT_S
+        if part is not self._waits_for:
+            self._waits_for = part
+            self._due(now + timeout_s)
+
+    def _due(self, deadline):
+        moves_back = deadline < self.deadline
+        self.deadline = deadline
+        if moves_back:
+            self._poller.deadlines.add(self)
+
+    # Answering.
+
+    def _repeat(self, repeated, now):
+        """Answer what came before byte by byte, perhaps on another connection.  This is the hot path."""
+        response, self._is_last = repeated.respond(self)
+        self.active_at, self.deadline = now, now + IDLE_TIMEOUT_S
+        if self._is_last:
+            response = http1.with_header(response, b"Connection: close")
+        try:
+            sent = self.sock.send(response)
+        except BlockingIOError:
+            sent = 0
+        if sent != len(response) or self._is_last:
+            self._outgoing.append(response[sent:])
+            self._go_on(now)
+
+    def _answer(self, tally):
+        """Make the response to the request; of a long one, the first piece."""
+        head = self._exchange.head
+        response, further, close = self._exchange.respond(self, tally)
+        self._exchange = None
+        self._is_last = close or head is None or not head.keep_alive or self._poller.ends(self)
+        if self._is_last:
+            response = http1.with_header(response, b"Connection: close")
+        elif head.is_http10:
+            response = http1.with_header(response, b"Connection: keep-alive")
+        if head is not None and head.method == "HEAD":
+            response, further = http1.without_body(response), ()
+        self._outgoing.append(response)
+        self._further = iter(further) if further else None
+        self._is_paced = self._further is not None and self.is_peer
+
+    def _refuse(self, refused, now):
+        """Answer what cannot be read any further with the last response."""
+        refused.close, self._waits_for = True, BEFORE
+        self._exchange = self._exchange or Exchange()
+        self._exchange.failure = refused
+        self._answer(self._poller.tally)
+        self._go_on(now)
+
+    # Sending.
+
+    def _go_on(self, now):
+        """Send what is outgoing, and go on with what comes after."""
+        if not self._flush():
+            if self.state is not SENDING:
+                self.state, self._waits_for = SENDING, BEFORE
+                self._due(now + (PROGRESS_TIMEOUT_S if self._is_paced else SEND_TIMEOUT_S))
+        elif self._further is not None:
+            if not self._hand_over(self._make_pieces):
+                self.state = CLOSED
+        elif self._is_last:
+            self.sock.shutdown(socket.SHUT_WR)
+            self.state, self._waits_for = LINGERING, BEFORE
+            self._due(now + LINGER_S)
+        else:
+            self.state = RECEIVING
+            if self._waits_for is BEFORE:
+                self._due(now + IDLE_TIMEOUT_S)
+
+    def _flush(self):
+        """Send as much as the socket takes; return whether that was all."""
+        outgoing = self._outgoing
+        if len(outgoing) > 1:  # answers to requests that came together
+            outgoing[:] = [b"".join(outgoing)]
+        while outgoing:
+            try:
+                sent = self.sock.send(outgoing[0])
+            except BlockingIOError:
+                return False
+            if sent == len(outgoing[0]):
+                del outgoing[0]
+            else:
+                outgoing[0] = memoryview(outgoing[0])[sent:]
+        return True
+
+    # Working in a lane.
+
+    def _hand_over(self, job):
+        """Have a thread of the lane do a job, to which this belongs until then; return False if there is none."""
+        self.state = ANSWERING
+        if self._exchange is not None:
+            self._lane = self._poller.lanes[self._exchange.pace]
+        if self._lane.put(partial(self._work, job)):
+            return True
+        self.state = RECEIVING
+        return False
+
+    def _work(self, job, tally):
+        try:
+            job(tally)
+            self._flush()
+        except OSError:
+            pass  # it hung up, as the poller will find as well
+        except BaseException:
+            self._is_last = True
+            raise
+        finally:
+            waits = self._exchange is None and not self._reader.buffered
+            is_done = not self._outgoing and self._further is None and not self._is_last
+            is_urgent = not (waits and is_done) or (self.is_peer and self.kind is not PEER)
+            self._poller.give_back(self, is_urgent)
+
+    def _feed(self, piece, tally):
+        """Give the sink of the request a piece of the body."""
+        try:
+            self._exchange.sink.feed(piece)
+            return
+        except Refused as refused:
+            refused.close = True  # the rest of the body is not a request
+            self._exchange.failure = refused
+        except Exception as error:
+            self._exchange.failure = error
+        self._answer(tally)
+
+    def _make_pieces(self, _tally):
+        """Make the next pieces of a response, as long as the socket takes them."""
+        while self._further is not None and self._flush():
+            try:
+                self._outgoing.append(next(self._further))
+            except StopIteration:
+                self._further = None
+            except Exception:  # a bug; the other side must see that the response is not whole
+                log.exception("making a response failed after its head was sent")
+                self._further, self._is_last = None, True

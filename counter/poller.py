@@ -1,0 +1,291 @@
+"""The thread that serves all connections: it waits for whichever can go on, and never for one of them.
+
+    accept thread ── add(socket) ──▶ Poller ─▶ Connection.receive() ── quick ──▶ its response is sent
+                                       ▲ │                          └─ else ───▶ a thread of a lane
+                                       └─┼── give_back(connection) ◀─────────────── which answers it
+                                         └▶ Places: who may stay; Earliest: whose time is up
+
+All else that is called from other threads is said there to be.
+"""
+
+import contextlib
+import logging
+import math
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from functools import partial
+
+from counter.connections import ANSWERING, CLOSED, LINGERING, NO_PLACE, RECEIVING, SENDING, STOPPING, Connection
+from counter.exchanges import Repeated
+from counter.http1 import unavailable
+from counter.places import GUEST, PEER, Earliest
+
+log = logging.getLogger("counter.serving")
+
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+EVENTS = {RECEIVING: READ, SENDING: WRITE, LINGERING: READ}
+TICK_S = 1.0  # what has no event of its own is seen to so often
+REPEATED_MAX, REPEATED_SIZE_MAX = 1000, 1024  # requests remembered, and the bytes of each
+ENTERING_MAX = 8  # accepted connections nobody has looked at: each takes a file, whoever has to give way
+NO_MEMORY_PAUSE_S = 0.05
+COMPLAINT_INTERVAL_S = 60.0  # between two lines in the log that say the same
+
+
+class Complaints:
+    """Warnings that are logged now and then, however often there is reason.  Threads may call it."""
+
+    def __init__(self):
+        self._said_at = {}  # message -> when it was logged
+
+    def __call__(self, message, *values):
+        now = time.monotonic()
+        if now - self._said_at.get(message, -math.inf) >= COMPLAINT_INTERVAL_S:
+            self._said_at[message] = now
+            with contextlib.suppress(MemoryError):
+                log.warning(message, *values)
+
+
+class Poller:
+    """Owns the connections; see above."""
+
+    def __init__(self, api, places, lanes, requests, complain):
+        self.api, self.lanes, self.complain = api, lanes, complain  # lanes: {pace of an action: Lane}
+        self._places, self._requests = places, requests
+        self.tally = requests.open()  # what this thread counts
+        self.repeated = {}  # the bytes of a request -> Repeated
+        self.deadlines = Earliest(lambda connection: connection.deadline, lambda connection: not connection.closed)
+        self._connections = set()
+        self._ending = frozenset()  # kinds of connections that end after their request
+        self._awaited = []  # (kinds, event to set once there are none of them)
+        self._selector = selectors.DefaultSelector()
+        self._now = self._tick_at = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
+        # Other threads append to these two, and write to the socket if this one sleeps.
+        self._calls, self._given_back = deque(), deque()
+        self._is_asleep = False
+        self._entering = threading.Semaphore(ENTERING_MAX)
+        self._woken, self._waker = socket.socketpair()
+        for sock in (self._woken, self._waker):
+            sock.setblocking(False)
+        self._selector.register(self._woken, READ)
+
+    # Other threads may call these.
+
+    def start(self):
+        self._thread.start()
+
+    def add(self, sock):
+        """Serve a new connection; wait while those before have not been looked at."""
+        while not self._entering.acquire(timeout=TICK_S):
+            if not self._thread.is_alive():
+                sock.close()
+                return
+        self.call(partial(self._enter, sock))
+
+    def give_back(self, connection, is_urgent):
+        """Take a connection back from the thread of a lane; at its next event if it is not urgent."""
+        self._given_back.append(connection)
+        if is_urgent or connection.is_muted:
+            self._wake()
+
+    def call(self, function):
+        """Have the poller call a function of the time soon."""
+        self._calls.append(function)
+        self._wake()
+
+    def relieve(self):
+        """Close the connection that is missed least."""
+        self.call(lambda now: self._make_way(self._places.most_idle_guest(now), now))
+
+    def end(self, kinds, timeout_s, release=lambda: None):
+        """Have all connections of these kinds end after the request they are in; return whether they did in time.
+
+        `release` is called once no request can begin any more whose connection goes on.
+        """
+        if not self._thread.is_alive():
+            return True
+        ended = threading.Event()
+        self._ending = self._ending | frozenset(kinds)
+        release()
+        self.call(partial(self._end, kinds, ended))
+        return ended.wait(timeout_s)
+
+    def stop(self, timeout_s):
+        """End the thread, and whatever it serves; return whether it did in time."""
+        if not self._thread.is_alive():
+            return True
+        self.call(lambda _now: self._over.set())
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def numbers(self):
+        """Return {kind: number of open connections}."""
+        return dict(self._places.numbers)
+
+    def ends(self, connection):
+        """Return whether a connection ends after its present request."""
+        kinds = self._ending
+        return bool(kinds) and ((PEER if connection.is_peer else connection.kind) in kinds)
+
+    def _wake(self):
+        if self._is_asleep:
+            self._is_asleep = False
+            with contextlib.suppress(BlockingIOError):  # so many that it will wake
+                self._waker.send(b"\0")
+
+    # Connections call these, in this thread.
+
+    def seat(self, connection, now):
+        """Give a guest the place of a client; Refused if there is none."""
+        if self._ending:
+            raise unavailable(STOPPING)
+        was_full = self._places.full
+        has_place, victim = self._places.take_client(connection, now)
+        if victim is not None:
+            self._step(victim, victim.give_way, now)
+        if not has_place:
+            if not was_full:
+                maximum = self._places.clients_max
+                log.warning("clients are sent away: all of --max-connections are taken, max=%d", maximum)
+            raise unavailable(NO_PLACE)
+
+    def remember(self, request, exchange):
+        """Answer these bytes without parsing them again when they are the next on any connection."""
+        if len(request) <= REPEATED_SIZE_MAX and not self._ending:
+            if len(self.repeated) >= REPEATED_MAX:
+                self.repeated.clear()  # keys and the like; what is frequent is soon here again
+            self.repeated[request] = Repeated(exchange, self.tally)
+
+    # The thread.
+
+    def _run(self):
+        while not self._over.is_set():
+            try:
+                self._turn()
+            except MemoryError:
+                self.complain("no memory to serve connections")
+                self._over.wait(NO_MEMORY_PAUSE_S)
+            except Exception:  # a bug; without this thread nobody would be served
+                log.exception("serving connections failed")
+        for connection in list(self._connections):
+            self._close(connection)
+        self._selector.close()
+        self._woken.close()
+        self._waker.close()
+        self._requests.close(self.tally)
+
+    def _turn(self):
+        """Wait until some connections can go on, and let each of them do so once."""
+        self._is_asleep = True
+        # Since the latest `now` some time has passed, in which nothing can have come to its end unnoticed.
+        patience_s = 0 if self._calls or self._given_back else min(self.deadlines.bound() - self._now, TICK_S)
+        events = self._selector.select(patience_s)
+        self._is_asleep = False
+        now = self._now = time.monotonic()
+        for key, _ in events:
+            connection = key.data
+            if connection is None:
+                with contextlib.suppress(BlockingIOError):
+                    self._woken.recv(4096)
+                continue
+            if connection.state is ANSWERING:
+                self._take_back(now)
+                if connection.state is ANSWERING:  # it has hung up, or sent more than one request
+                    connection.is_muted = True
+                    self._watch(connection, 0)
+                    continue
+            if connection.state is SENDING:
+                self._step(connection, connection.send_more, now)
+            elif connection.state is not CLOSED:
+                self._step(connection, connection.receive, now)
+        self._take_back(now)
+        while self._calls:
+            self._calls.popleft()(now)
+        while self.deadlines.bound() <= now and (connection := self.deadlines.first()) and connection.deadline <= now:
+            self._step(connection, connection.expire, now)
+        if now >= self._tick_at:
+            self._tick_at = now + TICK_S
+            for lane in self.lanes.values():
+                lane.tend()
+
+    def _step(self, connection, step, now):
+        """Let a connection go on, and wait for what it waits for then."""
+        try:
+            step(now)
+        except OSError:  # it hung up
+            connection.state = CLOSED
+        except MemoryError:
+            connection.state = CLOSED
+            self.complain("no memory to serve connections")
+        except Exception:  # a bug; it costs this connection only
+            log.exception("serving a connection failed")
+            connection.state = CLOSED
+        if connection.state is CLOSED:
+            self._close(connection)
+        elif connection.watched != EVENTS.get(connection.state, connection.watched):
+            self._watch(connection, EVENTS[connection.state])
+
+    def _watch(self, connection, events):
+        if not events:
+            self._selector.unregister(connection.sock)
+        elif not connection.watched:
+            self._selector.register(connection.sock, events, connection)
+        else:
+            self._selector.modify(connection.sock, events, connection)
+        connection.watched = events
+
+    def _take_back(self, now):
+        while self._given_back:
+            connection = self._given_back.popleft()
+            self._step(connection, connection.take_back, now)
+            if connection.is_peer and connection.kind is not PEER and not connection.closed:
+                self._make_way(self._places.take_peer(connection, now), now)
+
+    def _enter(self, sock, now):
+        self._entering.release()
+        try:
+            connection = Connection(sock, self, now)
+            self.deadlines.add(connection)
+            victim = self._places.enter(connection, now)
+            self._connections.add(connection)
+        except MemoryError:
+            sock.close()
+            raise
+        self._step(connection, connection.receive, now)  # most send a request at once
+        self._make_way(victim, now)
+        if GUEST in self._ending and not connection.closed:
+            self._step(connection, connection.stop, now)
+
+    def _make_way(self, connection, now):
+        if connection is not None and not connection.closed:
+            self._step(connection, connection.give_way, now)
+
+    def _close(self, connection):
+        if connection not in self._connections:
+            return
+        self._connections.remove(connection)
+        if connection.watched:
+            self._watch(connection, 0)
+        connection.sock.close()
+        was_full = self._places.full
+        self._places.leave(connection)
+        if was_full and not self._places.full:
+            log.info("clients are served again: there is room below --max-connections")
+        self._tell_ended()
+
+    def _end(self, kinds, ended, now):
+        self._awaited.append((kinds, ended))
+        self.repeated.clear()
+        for connection in list(self._connections):
+            if self.ends(connection) and not connection.closed:
+                self._step(connection, connection.stop, now)
+        self._tell_ended()
+
+    def _tell_ended(self):
+        for kinds, ended in self._awaited:
+            if not any(self._places.numbers[kind] for kind in kinds):
+                ended.set()
