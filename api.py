@@ -247,7 +247,7 @@ class Api:
                     "address": peer.address,
                     "state": peer.state,
                     "silent_s": round(peer.silent_s, 3),
-                    "unconfirmed": unconfirmed.get(peer.address),
+                    "unconfirmed": unconfirmed.get(peer.id),
                     "version": peer.version,
                 }
                 for peer in self._table.snapshot(now)

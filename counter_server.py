@@ -32,12 +32,14 @@ from api import Api
 from counter import Counter, logs, new_replica
 from counter.addresses import join_address
 from counter.config import parse_arguments
+from counter.confirmations import Confirmations
 from counter.datafile import DataFileError
+from counter.links import DOUBTFUL_MAX, Links
 from counter.serving import Server, provide_descriptors
 from counter.store import Store
 from counter.tokens import Tokens, read_token_file
 from counter.wire import Signer
-from gossip import DOUBTFUL_MAX, Gossip
+from gossip import Gossip
 from peers import Heartbeat, PeerTable
 from replication import Replicator
 
@@ -86,11 +88,12 @@ class Node:
             config.peer_timeout,
             config.fanout,
         )
-        self.gossip = Gossip(
-            self.counter, self.table, config.retry_backoff, config.retry_backoff_max, pushed_to=config.fanout
-        )
+        confirmations = Confirmations()
+        links = Links(self.counter, confirmations, config.retry_backoff, config.retry_backoff_max)
+        self.gossip = Gossip(self.counter, self.table, links, confirmations, config.fanout)
+        workers = config.retry_workers + DOUBTFUL_MAX
         self.replicator = Replicator(
-            self.gossip, self.table, self.signer, self.port, config.retry_workers + DOUBTFUL_MAX, config.peer_timeout
+            self.gossip, links, self.table, self.signer, self.port, workers, config.peer_timeout
         )
         self.heartbeat = Heartbeat(self.table, config.heartbeat_interval, self.replicator.contact)
         self.api = Api(
@@ -148,13 +151,13 @@ class Node:
         """
         self.server.stop_serving_clients(self._stop_waiting)
         peers = self.table.active()
-        if peers and not self.gossip.drain(time.monotonic, self.config.drain_timeout):
-            log.warning("stopping: not all peers confirmed everything within --drain-timeout")
+        complete, left_over = self.gossip.drain(time.monotonic, self.config.drain_timeout)
+        self._report_handing_over(complete, left_over)
         ended = [self.heartbeat.stop(STOP_S), self.replicator.stop(STOP_S), self.server.stop()]
         if not all(ended):
             log.warning("stopping: some threads still run")
         accepted, unconfirmed = self.counter.vector().get(self.counter.replica, 0), self.gossip.unconfirmed()
-        held_by = sum(unconfirmed.get(address) == 0 for _, address in peers)
+        held_by = sum(unconfirmed.get(id) == 0 for id, _ in peers)
         saved = self.store is None or self.store.stop(SAVE_S)  # last: until now peers may have brought news
         if not saved:
             status = self.store.status()
@@ -162,6 +165,16 @@ class Node:
                         status.lag_increments, status.error)  # fmt: skip
         log.info("stopped: accepted=%d held_by=%d peers=%d", accepted, held_by, len(peers))
         return saved
+
+    def _report_handing_over(self, complete, left_over):
+        counters, others = self.counter.sizes()[0], self.table.snapshot(time.monotonic())
+        if left_over and not self.store:
+            if others:
+                log.warning("stopping: increments go that no peer is known to hold: increments=%d", left_over)
+            else:
+                log.warning("stopping: the last node, its counts go: counters=%d increments=%d", counters, left_over)
+        elif not complete:
+            log.warning("stopping: not all peers confirmed everything within --drain-timeout")
 
     def _stop_waiting(self):
         self.counter.stop_waiting()

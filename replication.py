@@ -77,8 +77,9 @@ class Replicator:
     Receiving is done in the thread that calls, which may be any.
     """
 
-    def __init__(self, gossip, table, signer, port, workers, peer_timeout_s, clock=time.monotonic):
-        self._gossip, self._table, self._signer, self._port, self._clock = gossip, table, signer, port, clock
+    def __init__(self, gossip, links, table, signer, port, workers, peer_timeout_s, clock=time.monotonic):
+        self._gossip, self._links, self._table = gossip, links, table
+        self._signer, self._port, self._clock = signer, port, clock
         self.traffic = Traffic()
         # A peer that is stopped still accepts connections.  It is to hold a worker for less
         # than the time in which it is given up.
@@ -93,8 +94,8 @@ class Replicator:
 
     def wake(self):
         """Send on what was just counted."""
-        if self._gossip.asleep:  # under load a push is on its way already: one attribute read
-            self._gossip.wake()
+        if self._links.asleep:  # under load a push is on its way already: one attribute read
+            self._links.wake()
 
     def contact(self, addresses, seeds):
         """Send heartbeats to addresses and look up seeds: what a sweep asks for."""
@@ -117,14 +118,14 @@ class Replicator:
 
     def stop(self, timeout_s):
         """Ask the threads to end, wait for them, and return whether all did."""
-        self._gossip.close()
+        self._links.close()
         deadline = self._clock() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - self._clock()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _work(self):
-        while link := self._gossip.next_link(self._clock):
+        while link := self._links.next_link(self._clock):
             try:
                 if link.is_seed:
                     self._resolve(link)
@@ -132,7 +133,7 @@ class Replicator:
                     self._exchange(link)
             except Exception as error:  # a worker that dies would end replication in silence
                 log.exception("sending failed: addr=%s", link.address)
-                self._gossip.failed(link, error, self._clock())
+                self._links.failed(link, error, self._clock())
 
     def _resolve(self, link):
         """Look up the addresses of a seed, all of them, each time anew, and contact them."""
@@ -140,19 +141,19 @@ class Replicator:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, ValueError) as error:  # ValueError: it cannot be a name at all
-            self._gossip.failed(link, error, self._clock())
+            self._links.failed(link, error, self._clock())
             return
         hosts = dict.fromkeys(info[4][0] for info in found)
         addresses = [join_address(host, port) for host in hosts if "%" not in host]
-        self._gossip.released(link)
-        self._gossip.contact(self._table.resolved(link.address, addresses), self._clock())
+        self._links.released(link)
+        self._links.compare_soon(self._table.resolved(link.address, addresses), self._clock())
 
     def _exchange(self, link):
         deltas = 0
         try:
             request = self._gossip.request(link, self._clock())
             if request is None:
-                self._gossip.released(link)
+                self._links.released(link)
                 return
             body, deltas = encode(request), len(request.deltas)
             self.traffic.add(messages=1, retries=int(link.failures > 0), deltas=deltas, bytes_sent=len(body))
@@ -165,10 +166,10 @@ class Replicator:
             self._gossip.answered(link, request, answer, self._clock())
             if self._table.address is None and answer.sender.id != request.sender.id:
                 self._table.advertise(join_address(_local_host_towards(link.address), self._port))
-                self._gossip.contact([link.address], self._clock())
+                self._links.compare_soon([link.address], self._clock())
         except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:
             self.traffic.add(messages_failed=1, deltas_failed=deltas)
-            self._gossip.failed(link, error, self._clock())
+            self._links.failed(link, error, self._clock())
 
     def _post(self, link, body):
         """Return the body of the answer; OSError, HTTPError or ValueError if there is no good one."""

@@ -10,6 +10,8 @@ import itertools
 import random
 
 from counter import Counter, cancelling_replica, new_replica
+from counter.confirmations import Confirmations
+from counter.links import Links
 from counter.wire import decode, encode
 from gossip import Gossip
 from peers import PeerTable
@@ -29,7 +31,9 @@ class SimulatedNode:
         self.wakes_at = float("inf")  # for the link that becomes due next
         self.counter = Counter(new_replica(rng.getrandbits))
         self.table = PeerTable(self.counter.replica, address, seeds, INTERVAL_S, TIMEOUT_S, fanout=8, rng=rng)
-        self.gossip = Gossip(self.counter, self.table, 0.1, 10.0, pushed_to=8, rng=rng)
+        confirmations = Confirmations()
+        self.links = Links(self.counter, confirmations, 0.1, 10.0, rng=rng)
+        self.gossip = Gossip(self.counter, self.table, self.links, confirmations, push_fanout=8)
         network.at(network.now, self, self.sweep)
 
     def increment(self, name, amount, key=None):
@@ -47,16 +51,16 @@ class SimulatedNode:
     def send(self):
         """Send all that is due, as the workers would."""
         now = self.network.now
-        while link := self.gossip.take(now):
+        while link := self.links.take(now):
             if link.is_seed:
-                self.gossip.released(link)
+                self.links.released(link)
                 found = self.network.names.get(link.address, [link.address])
-                self.gossip.contact(self.table.resolved(link.address, found), now)
+                self.links.compare_soon(self.table.resolved(link.address, found), now)
             elif request := self.gossip.request(link, now):
                 self.network.exchange(self, link, request)
             else:
-                self.gossip.released(link)
-        if (due := self.gossip.next_due(now)) < self.wakes_at:
+                self.links.released(link)
+        if (due := self.links.next_due(now)) < self.wakes_at:
             self.wakes_at = due
             self.network.at(due, self, self.wake)
 
@@ -136,7 +140,7 @@ class Network:
         """Carry a request and its answer; whatever is lost ends in a failure at the sender."""
         sent = self._send(request)
         timeout = self.at(
-            self.now + READ_TIMEOUT_S, sender, lambda: sender.gossip.failed(link, OSError("lost"), self.now)
+            self.now + READ_TIMEOUT_S, sender, lambda: sender.links.failed(link, OSError("lost"), self.now)
         )
 
         def answered(answer):
@@ -145,7 +149,7 @@ class Network:
                 try:
                     sender.gossip.answered(link, request, self._receive(answer), self.now)
                 except ValueError as error:
-                    sender.gossip.failed(link, error, self.now)
+                    sender.links.failed(link, error, self.now)
 
         def arrive(receiver):
             answer = self._send(receiver.gossip.receive(self._receive(sent), self.now))

@@ -78,8 +78,8 @@ def _peers(peers, unconfirmed):
     samples = [("", {"state": state}, states.count(state)) for state in ("active", "lost")]
     yield "counter_peers", "gauge", "Peers, by state.", samples
     # A set of addresses: a series that is there twice voids a scrape.
-    addresses = sorted({peer.address for peer in peers} & unconfirmed.keys())
-    samples = [("", {"address": address}, unconfirmed[address]) for address in addresses]
+    known = {peer.address: unconfirmed[peer.id] for peer in peers if peer.id in unconfirmed}
+    samples = [("", {"address": address}, number) for address, number in sorted(known.items())]
     help = "Increments that a peer has yet to confirm, of those accepted here or by nodes that are gone."
     yield "counter_peer_unconfirmed_increments", "gauge", help, samples
 

@@ -4,6 +4,8 @@ import itertools
 import random
 
 from counter import REPLICA, Counter
+from counter.confirmations import Confirmations
+from counter.links import Links
 from counter.wire import Message, Sender, View, decode, encode
 from gossip import Gossip
 from peers import PeerTable
@@ -17,21 +19,23 @@ A_SENDS = Sender(A, AT_A, 1, False)
 class Half:
     """One node without threads: what Node wires together."""
 
-    def __init__(self, replica=ME, address=AT_ME, pushed_to=8, doubtful_max=2):
+    def __init__(self, replica=ME, address=AT_ME, push_fanout=8, doubtful_max=2):
         rng = random.Random(1)
         self.counter = Counter(replica)
         self.table = PeerTable(replica, address, [], 1.0, 5.0, 8, rng)
-        self.gossip = Gossip(self.counter, self.table, 0.1, 10.0, pushed_to, doubtful_max, rng)
+        self.confirmations = Confirmations()
+        self.links = Links(self.counter, self.confirmations, 0.1, 10.0, doubtful_max, rng)
+        self.gossip = Gossip(self.counter, self.table, self.links, self.confirmations, push_fanout)
         self._numbers = itertools.count(1)
 
     def meet(self, address=AT_A, id=A, applied=None, now=0.0):
         """Have a peer answer a first heartbeat with this vector, once it has been asked who it is."""
         self.gossip.swept([address], [], now)
-        link = self.gossip.take(now)
+        link = self.links.take(now)
         request = self.gossip.request(link, now)
         if request.to is None:
             self.gossip.answered(link, request, introduction(id, address), now)
-            assert self.gossip.take(now) is link
+            assert self.links.take(now) is link
             request = self.gossip.request(link, now)
         self.gossip.answered(link, request, answer(applied or {}, id, address), now)
         return link
@@ -56,7 +60,7 @@ def talk(sender, receiver, link, now):
     reply = receiver.gossip.receive(decode(encode(request)), now)
     sender.gossip.answered(link, request, decode(encode(reply)), now)
     if reply.number is not None:
-        assert sender.gossip.take(now) is link
+        assert sender.links.take(now) is link
         talk(sender, receiver, link, now)
 
 

@@ -9,10 +9,10 @@ import pytest
 from conftest import wait_until
 from halves import A_SENDS, AT_A, AT_B, AT_ME, ME, NOBODY, A, B, C, Half, answer, introduction, talk
 
-import gossip
 from counter import APPLIED, GAP, NEEDS, Delta
+from counter.links import LINK_IDLE_S, NEVER, PACING_S, backoff_s
 from counter.wire import Message, Sender, View, decode, encode, vector_hash
-from gossip import backoff_s
+from gossip import VECTOR_SHORT
 
 
 def test_the_backoff_doubles_up_to_its_maximum_with_full_jitter():
@@ -28,27 +28,27 @@ def test_the_backoff_doubles_up_to_its_maximum_with_full_jitter():
 def test_an_increment_is_due_at_once_and_travels_alone():
     node = Half()
     link = node.meet()
-    assert node.gossip.take(1.0) is None
+    assert node.links.take(1.0) is None
     node.counter.increment("x", 5)
-    assert node.gossip.take(1.0) is link
+    assert node.links.take(1.0) is link
     request = node.gossip.request(link, 0.0)
     assert (request.applied, request.hash, request.deltas) == (None, None, [Delta(ME, 0, 1, {"x": (1, 5)})])
     node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.0)
-    assert node.gossip.take(9.0) is None
-    assert node.gossip.unconfirmed() == {AT_A: 0}
+    assert node.links.take(9.0) is None
+    assert node.gossip.unconfirmed() == {A: 0}
 
 
 def test_what_is_counted_during_a_send_goes_in_the_next_after_a_pause():
     node = Half()
     link = node.meet()
     node.counter.increment("x")
-    node.gossip.take(1.0)
+    node.links.take(1.0)
     request = node.gossip.request(link, 0.0)
     node.counter.increment("x")
-    assert node.gossip.take(1.001) is None
+    assert node.links.take(1.001) is None
     node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.002)
-    assert node.gossip.take(1.002) is None
-    assert node.gossip.take(1.0 + gossip.PACING_S) is link
+    assert node.links.take(1.002) is None
+    assert node.links.take(1.0 + PACING_S) is link
     assert node.gossip.request(link, 0.0).deltas == [Delta(ME, 1, 2, {"x": (2, 2)})]
 
 
@@ -57,10 +57,10 @@ def test_a_push_that_a_heartbeat_of_the_peer_made_needless_is_not_sent():
     link = node.meet()
     node.counter.increment("x")
     node.hear(Message(A_SENDS._replace(beat=2), NOBODY, {ME: 1}, None, None, []), 1.0)
-    assert node.gossip.take(1.0) is None
-    assert node.gossip.next_due(1.0) == gossip.NEVER
+    assert node.links.take(1.0) is None
+    assert node.links.next_due(1.0) == NEVER
     node.counter.increment("x")
-    assert node.gossip.take(2.0) is link
+    assert node.links.take(2.0) is link
 
 
 def test_an_increment_counted_while_nobody_was_there_delays_no_later_one():
@@ -69,7 +69,7 @@ def test_an_increment_counted_while_nobody_was_there_delays_no_later_one():
     node.counter.increment("x")
     node.hear(Message(A_SENDS, NOBODY, {}, None, None, []), 1.0)
     node.counter.increment("x")
-    assert node.gossip.take(1.0).address == AT_A
+    assert node.links.take(1.0).address == AT_A
 
 
 def test_an_answer_overtaken_by_a_heartbeat_of_the_peer_is_no_failure():
@@ -77,13 +77,13 @@ def test_an_answer_overtaken_by_a_heartbeat_of_the_peer_is_no_failure():
     node = Half()
     link = node.meet()
     node.counter.increment("x")
-    assert node.gossip.take(1.0) is link
+    assert node.links.take(1.0) is link
     request = node.gossip.request(link, 1.0)
     node.hear(Message(A_SENDS._replace(beat=2), NOBODY, {ME: 1}, None, None, []), 1.0)
     node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.0)
     node.counter.increment("x")
     assert link.failures == 0
-    assert node.gossip.take(1.0 + gossip.PACING_S) is link
+    assert node.links.take(1.0 + PACING_S) is link
 
 
 def test_a_failed_send_is_tried_again_later_and_later():
@@ -92,18 +92,18 @@ def test_a_failed_send_is_tried_again_later_and_later():
     node.counter.increment("x")
     now, waits = 1.0, []
     for _ in range(200):
-        assert node.gossip.take(now) is link
-        node.gossip.failed(link, OSError("down"), now)
-        due = node.gossip.next_due(now - 1)
+        assert node.links.take(now) is link
+        node.links.failed(link, OSError("down"), now)
+        due = node.links.next_due(now - 1)
         waits.append(due - now)
         now = due
     assert max(waits[:3]) <= 0.4
     assert 5 < max(waits[10:]) <= 10
-    node.gossip.take(now)
+    node.links.take(now)
     request = node.gossip.request(link, 0.0)
     assert (request.applied, request.deltas) == ({ME: 1}, [])  # did it arrive after all?
     node.gossip.answered(link, request, answer({}), now)
-    assert node.gossip.take(now + 1) is link
+    assert node.links.take(now + 1) is link
     assert node.gossip.request(link, now).deltas == [Delta(ME, 0, 1, {"x": (1, 1)})]
 
 
@@ -113,8 +113,8 @@ def test_a_peer_that_stays_down_is_one_line(caplog):
     link = node.meet()
     for now in range(1, 10):
         node.gossip.swept([AT_A], [], float(now))
-        node.gossip.take(float(now))
-        node.gossip.failed(link, OSError("down"), float(now))
+        node.links.take(float(now))
+        node.links.failed(link, OSError("down"), float(now))
     node.meet(now=10.0)
     lines = [record.getMessage() for record in caplog.records if record.name == "counter.replication"]
     assert lines == [f"retrying: addr={AT_A} error=down", f"recovered: addr={AT_A}"]
@@ -126,7 +126,7 @@ def test_only_what_failed_recovers(caplog):
     node = Half()
     link = node.meet()
     node.counter.increment("x")
-    assert node.gossip.take(1.0) is link
+    assert node.links.take(1.0) is link
     node.gossip.answered(link, node.gossip.request(link, 1.0), answer({}, confirms={}), 1.0)
     node.meet(now=10.0)
     assert not [record for record in caplog.records if record.name == "counter.replication"]
@@ -137,11 +137,11 @@ def test_a_seed_that_cannot_be_looked_up_is_a_line_and_so_is_its_return(caplog):
     node = Half()
     for now, fails in enumerate((True, True, False, False)):
         node.gossip.swept([], ["seed:80"], float(now))
-        link = node.gossip.take(float(now))
+        link = node.links.take(float(now))
         if fails:
-            node.gossip.failed(link, OSError("no such name"), float(now))
+            node.links.failed(link, OSError("no such name"), float(now))
         else:
-            node.gossip.released(link)
+            node.links.released(link)
     lines = [record.getMessage() for record in caplog.records if record.name == "counter.replication"]
     assert lines == ["no answer yet: addr=seed:80 error=no such name", "recovered: addr=seed:80"]
 
@@ -150,19 +150,19 @@ def test_a_heartbeat_does_not_wait_for_the_backoff():
     node = Half()
     link = node.meet()
     node.gossip.swept([AT_A], [], 1.0)
-    node.gossip.take(1.0)
-    node.gossip.failed(link, OSError("down"), 1.0)
+    node.links.take(1.0)
+    node.links.failed(link, OSError("down"), 1.0)
     node.gossip.swept([AT_A], [], 1.0)
-    assert node.gossip.take(1.0) is link
+    assert node.links.take(1.0) is link
 
 
 def test_one_send_at_a_time_is_in_flight_to_a_peer():
     node = Half()
     link = node.meet()
     node.gossip.swept([AT_A], [], 1.0)
-    assert node.gossip.take(1.0) is link
+    assert node.links.take(1.0) is link
     node.gossip.swept([AT_A], [], 2.0)
-    assert node.gossip.take(2.0) is None
+    assert node.links.take(2.0) is None
 
 
 def test_doubtful_sends_leave_workers_to_the_others():
@@ -172,17 +172,17 @@ def test_doubtful_sends_leave_workers_to_the_others():
     for number, address in enumerate(addresses):
         node.meet(address, f"{number:08x}-0000-8000")
     node.gossip.swept(addresses[:1], [], 1.0)
-    node.gossip.failed(node.gossip.take(1.0), OSError("down"), 1.0)
+    node.links.failed(node.links.take(1.0), OSError("down"), 1.0)
     node.gossip.swept([addresses[0], "10.0.2.1:80", addresses[1]], [], 2.0)
-    working, doubtful = node.gossip.take(2.0), node.gossip.take(2.0)
+    working, doubtful = node.links.take(2.0), node.links.take(2.0)
     assert (working.address, doubtful.address) == (addresses[1], "10.0.2.1:80")
-    assert node.gossip.take(2.0) is None
-    node.gossip.failed(doubtful, OSError("no answer"), 2.0)
-    assert node.gossip.take(3.5) is None  # the other send may well hang
+    assert node.links.take(2.0) is None
+    node.links.failed(doubtful, OSError("no answer"), 2.0)
+    assert node.links.take(3.5) is None  # the other send may well hang
     node.gossip.swept([addresses[2]], [], 4.0)
-    assert node.gossip.take(4.0).address == addresses[2]
-    node.gossip.failed(working, OSError("no answer"), 4.0)
-    assert node.gossip.take(4.0).address in addresses[:2]
+    assert node.links.take(4.0).address == addresses[2]
+    node.links.failed(working, OSError("no answer"), 4.0)
+    assert node.links.take(4.0).address in addresses[:2]
 
 
 def test_the_dead_neither_keep_a_peer_that_failed_once_waiting_nor_wait_for_ever():
@@ -192,50 +192,50 @@ def test_the_dead_neither_keep_a_peer_that_failed_once_waiting_nor_wait_for_ever
 
     def fail(addresses, now):
         node.gossip.swept(addresses, [], now)
-        while link := node.gossip.take(now):
-            node.gossip.failed(link, OSError("no answer"), now)
+        while link := node.links.take(now):
+            node.links.failed(link, OSError("no answer"), now)
 
     for now in range(10):
         fail(dead, float(now))
     fail([AT_A], 15.0)
     node.gossip.swept(dead, [], 20.0)
     node.gossip.swept([AT_A], [], 25.0)
-    assert node.gossip.take(25.0).address == AT_A
-    assert node.gossip.take(25.0).address in dead
-    assert node.gossip.take(25.0) is None
+    assert node.links.take(25.0).address == AT_A
+    assert node.links.take(25.0).address in dead
+    assert node.links.take(25.0) is None
 
 
 def test_the_dead_are_tried_however_often_others_fail_once():
     node = Half(doubtful_max=1)
     for _ in range(10):
         node.gossip.swept(["10.0.1.1:80"], [], 0.0)
-        node.gossip.failed(node.gossip.take(0.0), OSError("no answer"), 0.0)
+        node.links.failed(node.links.take(0.0), OSError("no answer"), 0.0)
     node.gossip.swept(["10.0.1.1:80"], [], 0.0)
     tried = []
     for now in range(20):
         node.gossip.swept([f"10.0.2.{now}:80"], [], float(now))
-        link = node.gossip.take(float(now))
+        link = node.links.take(float(now))
         tried.append(link.address)
-        node.gossip.failed(link, OSError("no answer"), float(now))
+        node.links.failed(link, OSError("no answer"), float(now))
     assert "10.0.1.1:80" in tried
 
 
 def test_only_some_peers_are_told_of_an_increment_at_once():
-    node = Half(pushed_to=2)
+    node = Half(push_fanout=2)
     for number in range(5):
         node.meet(f"10.0.1.{number}:80", f"{number:08x}-0000-8000")
     node.counter.increment("x")
-    assert len({node.gossip.take(1.0).address for _ in range(2)}) == 2
-    assert node.gossip.take(1.0) is None
+    assert len({node.links.take(1.0).address for _ in range(2)}) == 2
+    assert node.links.take(1.0) is None
 
 
 def test_joining_with_full_catch_up_is_one_round_trip():
     old, new = Half(A, AT_A), Half()
     for number in range(100):
         old.counter.increment(f"counter-{number}")
-    new.gossip.contact([AT_A], 0.0)
+    new.links.compare_soon([AT_A], 0.0)
     assert not new.gossip.caught_up
-    talk(new, old, new.gossip.take(0.0), 0.0)
+    talk(new, old, new.links.take(0.0), 0.0)
     assert new.counter.vector() == old.counter.vector()
     assert new.gossip.caught_up
     assert new.table.active() == [(A, AT_A)]
@@ -244,10 +244,10 @@ def test_joining_with_full_catch_up_is_one_round_trip():
 
 def test_who_only_meets_itself_has_caught_up_with_nobody():
     node = Half()
-    node.gossip.contact(["localhost:80"], 0.0)
-    talk(node, node, node.gossip.take(0.0), 0.0)
+    node.links.compare_soon(["localhost:80"], 0.0)
+    talk(node, node, node.links.take(0.0), 0.0)
     assert not node.gossip.caught_up
-    assert node.gossip.take(1.0) is None
+    assert node.links.take(1.0) is None
 
 
 def test_catching_up_in_several_messages_goes_on_until_it_is_done():
@@ -255,9 +255,9 @@ def test_catching_up_in_several_messages_goes_on_until_it_is_done():
     for number in range(40):
         totals = {f"{'x' * 100}-{n}": (n, 1) for n in range(1, 501)}
         old.counter.merge(Delta(f"{number:08x}-1111-8111", 0, 500, totals), 0)
-    new.gossip.contact([AT_A], 0.0)
+    new.links.compare_soon([AT_A], 0.0)
     rounds = 0
-    while link := new.gossip.take(float(rounds)):
+    while link := new.links.take(float(rounds)):
         assert not new.gossip.caught_up
         talk(new, old, link, float(rounds))
         rounds += 1
@@ -270,12 +270,12 @@ def test_what_the_peer_lacks_follows_at_once():
     node, peer = Half(), Half(A, AT_A)
     node.counter.merge(Delta(B, 0, 2, {"x": (2, 9)}), 0)
     node.counter.increment("x")
-    node.gossip.contact([AT_A], 0.0)
-    talk(node, peer, node.gossip.take(0.0), 0.0)
+    node.links.compare_soon([AT_A], 0.0)
+    talk(node, peer, node.links.take(0.0), 0.0)
     assert peer.counter.value("x") == 0
-    talk(node, peer, node.gossip.take(1.0), 1.0)
+    talk(node, peer, node.links.take(1.0), 1.0)
     assert peer.counter.value("x") == 10
-    assert node.gossip.take(9.0) is None
+    assert node.links.take(9.0) is None
 
 
 def test_a_peer_that_takes_nothing_does_not_make_the_node_spin():
@@ -284,12 +284,12 @@ def test_a_peer_that_takes_nothing_does_not_make_the_node_spin():
     node.counter.merge(Delta(B, 0, 2, {"x": (2, 9)}), 0)
     node.meet()
     sends = 0
-    while link := node.gossip.take(float(sends)):
+    while link := node.links.take(float(sends)):
         node.gossip.answered(link, node.gossip.request(link, 0.0), answer({}), float(sends))
         sends += 1
         assert sends < 5
     node.gossip.swept([AT_A], [], 10.0)
-    assert node.gossip.take(10.0)
+    assert node.links.take(10.0)
 
 
 def test_a_peer_that_answers_but_takes_nothing_is_asked_what_it_holds_and_then_left_until_its_heartbeat():
@@ -299,20 +299,20 @@ def test_a_peer_that_answers_but_takes_nothing_is_asked_what_it_holds_and_then_l
     for now in (1.0, 1.1, 1.2, 50.0, 100.0, 100.1, 100.2):
         if now == 100.0:
             node.gossip.swept([AT_A], [], now)
-        if node.gossip.take(now):
+        if node.links.take(now):
             request = node.gossip.request(link, now)
             sends.append((now, request.applied is not None))
             node.gossip.answered(link, request, answer({} if request.applied else None, confirms={}), now)
     assert sends == [(1.0, False), (1.1, True), (100.0, True)]
     node.hear(Message(A_SENDS._replace(beat=2), NOBODY, {}, None, None, []), 101.0)
-    assert node.gossip.take(101.0) is link
+    assert node.links.take(101.0) is link
 
 
 def test_an_increment_that_arrives_as_its_predecessor_is_confirmed_is_not_forgotten(monkeypatch):
     node = Half()
     link = node.meet()
     node.counter.increment("x")
-    node.gossip.take(1.0)
+    node.links.take(1.0)
     request = node.gossip.request(link, 1.0)
     vector = node.counter.vector
 
@@ -323,7 +323,7 @@ def test_an_increment_that_arrives_as_its_predecessor_is_confirmed_is_not_forgot
 
     monkeypatch.setattr(node.counter, "vector", vector_and_an_increment)
     node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.0)
-    assert node.gossip.take(2.0) is link
+    assert node.links.take(2.0) is link
 
 
 def test_a_peer_that_cannot_be_dialled_is_dialled_once_a_heartbeat_at_most():
@@ -334,49 +334,49 @@ def test_a_peer_that_cannot_be_dialled_is_dialled_once_a_heartbeat_at_most():
         message = Message(Sender(A, AT_A, step + 2, False), NOBODY, None, None, None, [])
         node.hear(message._replace(applied={}) if step % 50 == 0 else message, now)
         node.counter.increment("x")
-        while node.gossip.take(now):
+        while node.links.take(now):
             tries += 1
-            node.gossip.failed(link, OSError("down"), now)
+            node.links.failed(link, OSError("down"), now)
     assert tries < 20
 
 
 def test_a_heartbeat_answered_without_a_vector_is_no_answer():
     node = Half()
     link = node.meet()
-    node.gossip.contact([AT_A], 1.0)
-    node.gossip.take(1.0)
+    node.links.compare_soon([AT_A], 1.0)
+    node.links.take(1.0)
     with pytest.raises(ValueError):
         node.gossip.answered(link, node.gossip.request(link, 1.0), answer(), 1.0)
 
 
 def test_long_vectors_that_agreed_are_compared_by_their_hash():
     node, peer = Half(), Half(A, AT_A)
-    for number in range(gossip.VECTOR_SHORT + 1):
+    for number in range(VECTOR_SHORT + 1):
         delta = Delta(f"{number:08x}-1111-8111", 0, 1, {"x": (1, 1)})
         assert node.counter.merge(delta, 0) == APPLIED
         assert peer.counter.merge(delta, 0) == APPLIED
-    node.gossip.contact([AT_A], 0.0)
-    talk(node, peer, node.gossip.take(0.0), 0.0)
-    node.gossip.contact([AT_A], 1.0)
-    link = node.gossip.take(1.0)
+    node.links.compare_soon([AT_A], 0.0)
+    talk(node, peer, node.links.take(0.0), 0.0)
+    node.links.compare_soon([AT_A], 1.0)
+    link = node.links.take(1.0)
     assert node.gossip.request(link, 0.0).hash == vector_hash(node.counter.vector())
-    node.gossip.contact([AT_A], 1.0)
+    node.links.compare_soon([AT_A], 1.0)
     peer.counter.increment("x", 7)
     talk(node, peer, link, 1.0)
-    talk(node, peer, node.gossip.take(2.0), 2.0)
-    assert node.counter.value("x") == gossip.VECTOR_SHORT + 1 + 7
+    talk(node, peer, node.links.take(2.0), 2.0)
+    assert node.counter.value("x") == VECTOR_SHORT + 1 + 7
 
 
 def test_a_restarted_peer_is_owed_everything_again():
     node, first, second = Half(), Half(A, AT_A), Half(B, AT_A)
     node.counter.increment("x")
-    node.gossip.contact([AT_A], 0.0)
+    node.links.compare_soon([AT_A], 0.0)
     for now in (0.0, 1.0):
-        talk(node, first, node.gossip.take(now), now)
+        talk(node, first, node.links.take(now), now)
     assert first.counter.value("x") == 1
     node.counter.increment("x")
     now = 2.0
-    while link := node.gossip.take(now):
+    while link := node.links.take(now):
         talk(node, second, link, now)
         now += 1
     assert second.counter.value("x") == 2
@@ -387,11 +387,11 @@ def test_a_message_from_a_peer_ends_its_backoff():
     node = Half()
     link = node.meet()
     node.counter.increment("x")
-    node.gossip.take(1.0)
+    node.links.take(1.0)
     for _ in range(20):
-        node.gossip.failed(link, OSError("down"), 1.0)
+        node.links.failed(link, OSError("down"), 1.0)
     node.hear(Message(Sender(B, AT_A, 1, False), NOBODY, {}, None, None, []), 1.0)
-    assert node.gossip.take(1.0) is link
+    assert node.links.take(1.0) is link
 
 
 def test_a_cloned_node_finds_a_new_id(caplog):
@@ -411,10 +411,10 @@ def test_draining_ends_when_all_have_confirmed_all_and_know_of_the_leaving():
     thread = threading.Thread(target=lambda: drained.append(node.gossip.drain(time.monotonic, 20)))
     thread.start()
     while thread.is_alive():
-        if taken := node.gossip.take(time.monotonic()):
+        if taken := node.links.take(time.monotonic()):
             assert taken is link
             talk(node, peer, link, time.monotonic())
-    assert drained == [True]
+    assert drained == [(True, 0)]
     assert peer.counter.value("x") == 1
     assert peer.table.active() == []
 
@@ -424,7 +424,7 @@ def test_a_node_that_takes_more_than_it_sent_for_its_own_is_cloned(caplog):
     node = Half()
     link = node.meet()
     node.counter.increment("x")
-    assert node.gossip.take(1.0) is link
+    assert node.links.take(1.0) is link
     node.gossip.answered(link, node.gossip.request(link, 1.0), answer(confirms={ME: 2}), 1.0)
     assert node.counter.replica != ME
     assert "cloned" in caplog.text
@@ -457,7 +457,7 @@ def test_who_waits_for_acks_is_woken_by_what_it_waits_for_only(monkeypatch):
     waiting.start()
     assert looked.acquire(timeout=10)
 
-    assert {node.gossip.take(1.0), node.gossip.take(1.0)} == set(links)
+    assert {node.links.take(1.0), node.links.take(1.0)} == set(links)
 
     def confirm(link):
         confirmed = answer({ME: 1}, link.peer, link.address, confirms={ME: 1})
@@ -466,13 +466,13 @@ def test_who_waits_for_acks_is_woken_by_what_it_waits_for_only(monkeypatch):
     confirm(links[0])
     assert looked.acquire(timeout=10)
     node.gossip.swept([AT_A], [], 1.0)
-    assert node.gossip.take(1.0) is links[0]
+    assert node.links.take(1.0) is links[0]
     confirm(links[0])
-    assert not any(event.is_set() for event in node.gossip._awaited)
+    assert not any(event.is_set() for event in node.confirmations._waiting)
     confirm(links[1])
     waiting.join(10)
     assert reached == [3]
-    assert not node.gossip._awaited
+    assert not node.confirmations._waiting
 
 
 def test_draining_hands_over_to_the_successor_of_a_peer():
@@ -484,9 +484,9 @@ def test_draining_hands_over_to_the_successor_of_a_peer():
     thread = threading.Thread(target=lambda: drained.append(node.gossip.drain(time.monotonic, 20)))
     thread.start()
     while thread.is_alive():
-        if taken := node.gossip.take(time.monotonic()):
+        if taken := node.links.take(time.monotonic()):
             talk(node, successor, taken, time.monotonic())
-    assert drained == [True]
+    assert drained == [(True, 0)]
     assert successor.counter.value("x") == 1
 
 
@@ -497,20 +497,91 @@ def test_draining_tells_who_joins_meanwhile():
     drained = []
     thread = threading.Thread(target=lambda: drained.append(node.gossip.drain(time.monotonic, 20)))
     thread.start()
-    wait_until(lambda: node.gossip.next_due(0.0) < gossip.NEVER)
-    peers[AT_B].gossip.contact([AT_ME], 0.0)
-    talk(peers[AT_B], node, peers[AT_B].gossip.take(0.0), 0.0)
+    wait_until(lambda: node.links.next_due(0.0) < NEVER)
+    peers[AT_B].links.compare_soon([AT_ME], 0.0)
+    talk(peers[AT_B], node, peers[AT_B].links.take(0.0), 0.0)
     while thread.is_alive():
-        if taken := node.gossip.take(time.monotonic()):
+        if taken := node.links.take(time.monotonic()):
             talk(node, peers[taken.address], taken, time.monotonic())
-    assert drained == [True]
+    assert drained == [(True, 0)]
     assert peers[AT_A].table.active() == peers[AT_B].table.active() == []
 
 
 def test_draining_gives_up_after_its_timeout():
     node = Half()
     node.meet()
-    assert not node.gossip.drain(time.monotonic, 0.01)
+    assert node.gossip.drain(time.monotonic, 0.01) == (False, 0)
+
+
+def calls(beat, applied):
+    """Return the heartbeat of a peer that calls by itself."""
+    return Message(A_SENDS._replace(beat=beat), NOBODY, applied, None, None, [])
+
+
+def test_a_peer_that_calls_and_cannot_be_dialled_counts_for_acks():
+    """Its requests show what it holds."""
+    node = Half()
+    node.counter.increment("x")
+    node.hear(calls(1, {}), 0.0)
+    assert node.gossip.wait_for_acks(ME, 1, 2, time.monotonic, 0) == 1
+    node.hear(calls(2, {ME: 1}), 1.0)
+    assert node.gossip.wait_for_acks(ME, 1, 2, time.monotonic, 0) == 2
+
+
+def test_draining_hands_over_to_a_peer_that_calls_and_cannot_be_dialled():
+    """It is told of the leaving only once it has shown that it lacks nothing: then it calls no more."""
+    node = Half()
+    node.hear(calls(1, {}), 0.0)
+    node.counter.increment("x")
+    drained = []
+    thread = threading.Thread(target=lambda: drained.append(node.gossip.drain(time.monotonic, 20)))
+    thread.start()
+    node.links.failed(wait_until(lambda: node.links.take(time.monotonic())), OSError("no route"), time.monotonic())
+    reply = node.hear(calls(2, {}), 1.0)
+    assert ([delta.replica for delta in reply.deltas], reply.sender.leaving) == ([ME], False)
+    assert node.hear(calls(3, {ME: 1}), 2.0).sender.leaving
+    thread.join(10)
+    assert drained == [(True, 0)]
+
+
+def lose(node, id):
+    """Let a peer be silent until it is lost."""
+    for now in range(1, 8):
+        node.table.sweep(float(now))
+    assert [(peer.id, peer.state) for peer in node.table.snapshot(7.0)] == [(id, "lost")]
+
+
+def test_draining_hands_over_to_peers_that_are_lost_where_none_is_active():
+    """One that was in a partition, say, may be back within the time."""
+    node, peer = Half(), Half(A, AT_A)
+    node.meet()
+    lose(node, A)
+    node.counter.increment("x")
+    drained, now = [], 100.0
+    thread = threading.Thread(target=lambda: drained.append(node.gossip.drain(time.monotonic, 20)))
+    thread.start()
+    link = wait_until(lambda: node.links.take(time.monotonic()))
+    node.links.failed(link, OSError("no route"), time.monotonic())
+    while thread.is_alive():
+        if taken := node.links.take(time.monotonic()):
+            talk(node, peer, taken, now)
+    assert drained == [(True, 0)]
+    assert peer.counter.value("x") == 1
+
+
+def test_draining_says_how_many_increments_nobody_is_known_to_hold():
+    node = Half()
+    node.meet(applied={B: 2})
+    node.counter.merge(Delta(B, 0, 3, {"x": (3, 3)}), 0.0)
+    node.counter.increment("x")
+    lose(node, A)
+    assert node.gossip.drain(time.monotonic, 0.01) == (False, 2)
+
+
+def test_draining_alone_ends_at_once():
+    node = Half()
+    node.counter.increment("x")
+    assert node.gossip.drain(time.monotonic, 60) == (True, 1)
 
 
 # Messages are for one process, and once.
@@ -519,15 +590,15 @@ def test_draining_gives_up_after_its_timeout():
 def test_a_first_contact_asks_who_is_there_and_tells_nothing():
     node, peer = Half(), Half(A, AT_A)
     node.counter.increment("x")
-    node.gossip.contact([AT_A], 0.0)
-    link = node.gossip.take(0.0)
+    node.links.compare_soon([AT_A], 0.0)
+    link = node.links.take(0.0)
     question = node.gossip.request(link, 0.0)
     assert question == Message(node.table.sender(), NOBODY, None, None, None, [], number=question.number)
     reply = peer.gossip.receive(question, 0.0)
     assert reply == Message(peer.table.sender(), NOBODY, None, None, None, [], number=0)
     assert peer.table.snapshot(0.0) == []
     node.gossip.answered(link, question, reply, 0.0)
-    assert node.gossip.take(0.0) is link
+    assert node.links.take(0.0) is link
     request = node.gossip.request(link, 0.0)
     assert (request.to, request.applied) == (A, {ME: 1})
     assert request.number > question.number
@@ -538,7 +609,7 @@ def test_who_is_known_from_others_is_not_asked():
     node = Half()
     node.hear(Message(A_SENDS, View([(B, AT_B, 1)], []), {}, None, None, []))
     node.gossip.swept([AT_A, AT_B], [], 0.0)
-    links = [node.gossip.take(0.0) for _ in range(2)]
+    links = [node.links.take(0.0) for _ in range(2)]
     assert {link.address: node.gossip.request(link, 0.0).to for link in links} == {AT_A: A, AT_B: B}
 
 
@@ -548,9 +619,9 @@ def test_each_message_has_a_greater_number():
     for now in (1.0, 2.0, 3.0):
         node.gossip.swept([AT_A, AT_B], [], now)
         for _ in range(2):
-            link = node.gossip.take(now)
+            link = node.links.take(now)
             numbers.append(node.gossip.request(link, now).number)
-            node.gossip.failed(link, OSError("down"), now)
+            node.links.failed(link, OSError("down"), now)
     assert sorted(set(numbers)) == numbers
 
 
@@ -563,12 +634,12 @@ def test_what_is_for_another_or_comes_again_changes_nothing(change):
     node.counter.increment("y")
     if not change:  # then it comes again
         node.gossip.receive(message._replace(view=NOBODY, applied={}, confirms=None, deltas=[]), 0.0)
-    before = node.counter.vector(), node.table.snapshot(0.0), node.table.describe(), node.gossip.next_due(-1.0)
+    before = node.counter.vector(), node.table.snapshot(0.0), node.table.describe(), node.links.next_due(-1.0)
     reply = node.gossip.receive(message._replace(**change), 0.0, "10.9.9.9:80")
     assert reply == Message(node.table.sender(), NOBODY, None, None, None, [], number=0 if change else 7)
     assert node.counter.replica == ME
     assert before == (
-        node.counter.vector(), node.table.snapshot(0.0), node.table.describe(), node.gossip.next_due(-1.0)
+        node.counter.vector(), node.table.snapshot(0.0), node.table.describe(), node.links.next_due(-1.0)
     )  # fmt: skip
 
 
@@ -576,10 +647,10 @@ def test_a_peer_that_restarted_is_asked_again_at_once():
     node, successor = Half(), Half(B, AT_A)
     link = node.meet()
     node.counter.increment("x")
-    assert node.gossip.take(1.0) is link
+    assert node.links.take(1.0) is link
     talk(node, successor, link, 1.0)
     assert (link.peer, node.table.active()) == (B, [(B, AT_A)])
-    while link := node.gossip.take(2.0):
+    while link := node.links.take(2.0):
         talk(node, successor, link, 2.0)
     assert successor.counter.value("x") == 1
 
@@ -591,13 +662,13 @@ def test_an_answer_that_says_the_number_is_old_raises_it():
         half.counter.increment("x")
         for now in range(contacts):
             half.gossip.swept([AT_A], [], float(now))
-            while link := half.gossip.take(float(now)):
+            while link := half.links.take(float(now)):
                 talk(half, peer, link, float(now))
     node.counter.increment("x")
     for now in (10.0, 11.0, 12.0):
         for half in (node, clone):
             half.gossip.swept([AT_A], [], now)
-            while link := half.gossip.take(now):
+            while link := half.links.take(now):
                 talk(half, peer, link, now)
     assert node.counter.replica == ME != clone.counter.replica
 
@@ -608,7 +679,7 @@ def test_two_addresses_of_one_peer_do_not_disturb_each_other():
     for address in (AT_A, AT_B):
         node.meet(address, A)
     node.gossip.swept([AT_A, AT_B], [], 1.0)
-    requests = [node.gossip.request(node.gossip.take(1.0), 1.0) for _ in range(2)]
+    requests = [node.gossip.request(node.links.take(1.0), 1.0) for _ in range(2)]
     assert [peer.gossip.receive(request, 1.0).number for request in reversed(requests)] == [None, None]
 
 
@@ -617,13 +688,13 @@ def test_a_peer_that_takes_nothing_is_backed_off_from():
     node = Half()
     link, now, sends = node.meet(), 1.0, 0
     node.gossip.swept([AT_A], [], now)
-    while now < 2.0 and node.gossip.take(now) is link:
+    while now < 2.0 and node.links.take(now) is link:
         request, sends = node.gossip.request(link, now), sends + 1
         try:
             node.gossip.answered(link, request, introduction(number=request.number), now)
         except ValueError as error:
-            node.gossip.failed(link, error, now)
-            now = node.gossip.next_due(now)
+            node.links.failed(link, error, now)
+            now = node.links.next_due(now)
     assert link.failures > 1
     assert sends < 20
 
@@ -651,24 +722,24 @@ def test_a_key_accepted_while_an_answer_is_made_does_not_spoil_it():
 
 def test_a_link_that_is_new_where_vectors_agree_starts_with_a_hash():
     node, peer = Half(), Half(A, AT_A)
-    for number in range(gossip.VECTOR_SHORT + 1):
+    for number in range(VECTOR_SHORT + 1):
         delta = Delta(f"{number:08x}-1111-8111", 0, 1, {"x": (1, 1)})
         assert node.counter.merge(delta, 0) == APPLIED
         assert peer.counter.merge(delta, 0) == APPLIED
-    node.gossip.contact([AT_A], 0.0)
-    talk(node, peer, node.gossip.take(0.0), 0.0)
+    node.links.compare_soon([AT_A], 0.0)
+    talk(node, peer, node.links.take(0.0), 0.0)
     node.table.heard(Sender(B, AT_B, 1, False), NOBODY, 1.0)  # so it is known who is there
-    node.gossip.contact([AT_B], 1.0)
-    assert node.gossip.request(node.gossip.take(1.0), 1.0).hash == vector_hash(node.counter.vector())
+    node.links.compare_soon([AT_B], 1.0)
+    assert node.gossip.request(node.links.take(1.0), 1.0).hash == vector_hash(node.counter.vector())
 
 
 def test_links_to_the_many_that_are_not_pushed_to_are_closed_when_idle():
-    node = Half(pushed_to=2)
+    node = Half(push_fanout=2)
     addresses = [f"10.0.1.{number}:80" for number in range(6)]
     for number, address in enumerate(addresses):
         node.meet(address, f"{number:08x}-0000-8000")
     assert len(node.gossip.unconfirmed()) == 6
-    node.gossip.swept([], [], 1.0 + gossip.LINK_IDLE_S)
+    node.gossip.swept([], [], 1.0 + LINK_IDLE_S)
     assert len(node.gossip.unconfirmed()) == 2
 
 
@@ -677,27 +748,27 @@ def test_unconfirmed_is_what_this_node_has_to_see_to():
     node = Half()
     node.meet(AT_A, A)
     node.meet(AT_B, B)
-    node.gossip.contact(["10.0.0.9:80"], 0.0)  # which has never said what it holds
+    node.links.compare_soon(["10.0.0.9:80"], 0.0)  # which has never said what it holds
     node.counter.merge(Delta(A, 0, 2, {"x": (2, 2)}), 0.0)
     node.counter.increment("x")
-    assert node.gossip.unconfirmed() == {AT_A: 1, AT_B: 1}
+    assert node.gossip.unconfirmed() == {A: 1, B: 1}
     for now in range(1, 8):
         node.table.heard(Sender(B, AT_B, now + 1, False), NOBODY, float(now))
         node.table.sweep(float(now))
     assert [id for id, _ in node.table.active()] == [B]
-    assert node.gossip.unconfirmed() == {AT_A: 1, AT_B: 3}
+    assert node.gossip.unconfirmed() == {A: 1, B: 3}
 
 
 def test_whom_to_push_to_changes_where_there_are_more():
     """All join through one seed; it is not to get every increment at once for ever."""
-    node, told = Half(pushed_to=2), set()
+    node, told = Half(push_fanout=2), set()
     for number in range(6):
         node.meet(f"10.0.1.{number}:80", f"{number:08x}-0000-8000")
     for now in range(1, 30):
         node.gossip.swept([], [], float(now))
         node.counter.increment("x")
-        links = [node.gossip.take(float(now)) for _ in range(2)]
-        assert node.gossip.take(float(now)) is None
+        links = [node.links.take(float(now)) for _ in range(2)]
+        assert node.links.take(float(now)) is None
         for link in links:
             told.add(link.address)
             confirmed = answer(None, link.peer, link.address, confirms={ME: now})

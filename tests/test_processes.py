@@ -406,6 +406,25 @@ def test_a_node_asked_to_stop_waits_for_a_lost_peer_that_lacks_something(wire, s
     assert peer.count() == 1
 
 
+def test_a_node_that_stops_says_what_goes_with_it(start_cluster):
+    """How many increments none of its peers is known to hold, all of which are lost; and as the last one, all."""
+    node, killed = start_cluster(2, "--drain-timeout", "0.5")
+    increment_times(node, 2)
+    all_count(2, node, killed)
+    killed.kill()
+    wait_until_lost(killed, node)
+    increment_times(node, 3)
+    assert node.stop() == 0
+    assert (
+        "WARNING counter.server: stopping: increments go that no peer is known to hold: increments=3" in node.stderr()
+    )
+    (last,) = start_cluster(1)
+    last.increment("/increment/other")
+    last.increment()
+    assert last.stop() == 0
+    assert "WARNING counter.server: stopping: the last node, its counts go: counters=2 increments=2\n" in last.stderr()
+
+
 def test_a_second_signal_ends_a_node_that_still_hands_over(start_cluster):
     """One that waits for a hanging peer while stopping is alive, not ready, and ends at once when told again."""
     node, hanging = start_cluster(2, "--drain-timeout", "600", "--peer-timeout", "600")

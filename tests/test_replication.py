@@ -8,11 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import wait_until
-from halves import ME, Half, answer, introduction
+from halves import ME, A, Half, answer, introduction
 
 from counter import Delta, wire
+from counter.links import DOUBTFUL_MAX
 from counter.wire import Signer, decode, encode
-from gossip import DOUBTFUL_MAX
 from replication import Replicator
 
 SIGNER = Signer(b"", "counter")
@@ -61,7 +61,9 @@ def pool():
             thread = threading.Thread(target=peer.serve_forever, args=(0.01,))
             thread.start()
             ending.append(lambda peer=peer, thread=thread: (peer.shutdown(), peer.server_close(), thread.join()))
-        replicator = Replicator(node.gossip, node.table, SIGNER, 80, workers + DOUBTFUL_MAX, peer_timeout_s=2.0)
+        replicator = Replicator(
+            node.gossip, node.links, node.table, SIGNER, 80, workers + DOUBTFUL_MAX, peer_timeout_s=2.0
+        )
         replicator.start()
         ending.insert(0, lambda: replicator.stop(20))
         return node, replicator, peers
@@ -83,11 +85,11 @@ def good(body):
 def test_the_pool_delivers_increments(pool):
     node, replicator, (peer,) = pool(good)
     replicator.contact([peer.address], [])
-    wait_until(lambda: peer.address in node.gossip.unconfirmed())  # it has said what it holds
+    wait_until(lambda: A in node.gossip.unconfirmed())  # it has said what it holds
     node.counter.increment("x", 3)
     replicator.wake()
     wait_until(lambda: decode(peer.bodies[-1]).deltas == [Delta(ME, 0, 1, {"x": (1, 3)})])
-    wait_until(lambda: node.gossip.unconfirmed()[peer.address] == 0)
+    wait_until(lambda: node.gossip.unconfirmed()[A] == 0)
 
 
 def test_the_pool_looks_up_the_names_of_seeds(pool):
@@ -164,7 +166,7 @@ def test_addresses_that_never_finish_an_answer_delay_nobody(pool, tarpit):
     wait_until(node.table.active)
     node.counter.increment("x")
     replicator.wake()
-    wait_until(lambda: node.gossip.unconfirmed().get(peer.address) == 0)
+    wait_until(lambda: node.gossip.unconfirmed().get(A) == 0)
 
 
 def test_an_increment_wakes_a_worker_where_none_looks_by_itself(pool):
@@ -178,20 +180,20 @@ def test_an_increment_wakes_a_worker_where_none_looks_by_itself(pool):
 
     node, replicator, (peer,) = pool(slow)
     replicator.contact([peer.address], [])
-    wait_until(lambda: node.gossip.asleep)
+    wait_until(lambda: node.links.asleep)
     answering.clear()
     node.counter.increment("x")
     replicator.wake()
     try:
         wait_until(lambda: decode(peer.bodies[-1]).deltas)
         node.counter.increment("x")
-        wait_until(lambda: not node.gossip.asleep)
+        wait_until(lambda: not node.links.asleep)
         replicator.wake()
     finally:
         answering.set()
-    wait_until(lambda: node.gossip.unconfirmed()[peer.address] == 0)
+    wait_until(lambda: node.gossip.unconfirmed()[A] == 0)
     assert sum(delta.through for body in peer.bodies for delta in decode(body).deltas) == 1 + 2
-    wait_until(lambda: node.gossip.asleep)
+    wait_until(lambda: node.links.asleep)
 
 
 def test_a_worker_survives_a_bug(pool, monkeypatch, caplog):

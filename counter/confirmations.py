@@ -1,0 +1,121 @@
+"""What each peer is known to hold: for acks, for pushes, and for what is left to hand over.
+
+It is known by replica id, and not by address: a peer that dials out but cannot be dialled shows
+what it holds in its own requests.
+"""
+
+import threading
+
+
+class Confirmations:
+    """Which peer has confirmed what.  Threads may call anything at any time.
+
+    `vectors` is {id of a peer: the vector it last confirmed}; it may be read without a lock, and no
+    vector is ever changed in place.
+    """
+
+    def __init__(self):
+        # Guards everything below.  Held for dictionary work only, never together with another.
+        self._lock = threading.Lock()
+        self.vectors = {}
+        self._heard_at = {}  # id of a peer -> when it last confirmed anything
+        self._told_leaving = set()  # ids of peers that know that this node is leaving
+        self._waiting = {}  # threading.Event -> (replica, sequence), or None: who waits for a dot, or for any change
+        self._stopping = False  # waiters for acks return at once: the node is shutting down
+        self.agreed = False  # vectors were equal when two nodes last compared them
+
+    def confirm(self, peer, vector, now):
+        """Take note of what a peer holds: it replaces what was known before.  None: nothing is known any more."""
+        with self._lock:
+            before = self.vectors.get(peer) or {}
+            if vector is None:
+                self.vectors.pop(peer, None)
+            else:
+                self.vectors[peer], self._heard_at[peer] = vector, now
+            # Only the waiters concerned: with hundreds of them and hundreds of answers a second, waking
+            # all would cost the one times the other.
+            for event, dot in self._waiting.items():
+                if dot is None or before.get(dot[0], 0) < dot[1] <= (vector or {}).get(dot[0], 0):
+                    event.set()
+
+    def knows_of_leaving(self, peer):
+        """Take note that a peer knows that this node is leaving."""
+        with self._lock:
+            self._told_leaving.add(peer)
+            for event, dot in self._waiting.items():
+                if dot is None:
+                    event.set()
+
+    def forget_idle(self, heard_before, kept):
+        """Forget what was heard before that time, except of the peers `kept`.
+
+        In a large cluster, a vector kept of each peer would grow with the square of the cluster.
+        """
+        with self._lock:
+            for peer in [peer for peer, at in self._heard_at.items() if at < heard_before and peer not in kept]:
+                del self._heard_at[peer]
+                self.vectors.pop(peer, None)
+
+    # What others ask.
+
+    def holders(self, replica, sequence):
+        """Return the ids of the peers that hold a dot: the one that counted it does anyway."""
+        with self._lock:
+            holders = {peer for peer, vector in self.vectors.items() if vector.get(replica, 0) >= sequence}
+        return holders | {replica}
+
+    def unconfirmed(self, owed):
+        """Return {peer: number of increments it has yet to confirm} of `owed`, a vector."""
+        with self._lock:
+            vectors = dict(self.vectors)
+        return {peer: _missing(owed, [vector], {peer}) for peer, vector in vectors.items()}
+
+    def held_by_none(self, vector, peers):
+        """Return how many of the increments in a vector none of these peers is known to hold."""
+        with self._lock:
+            held = [self.vectors[peer] for peer in peers if peer in self.vectors]
+        return _missing(vector, held, peers)
+
+    def know_of_leaving(self, peers):
+        """Return whether all of these peers know that this node is leaving."""
+        with self._lock:
+            return self._told_leaving.issuperset(peers)
+
+    # Waiting.
+
+    def wait(self, dot, is_over, clock, timeout_s):
+        """Wait until is_over() is true, asked again whenever a peer has confirmed the dot (replica, sequence).
+
+        Where the dot is None, it is asked again at every change, also while the node stops.
+        """
+        deadline, event = clock() + timeout_s, threading.Event()
+        with self._lock:
+            self._waiting[event] = dot
+        try:
+            while not is_over() and (dot is None or not self._stopping):
+                if not event.wait(deadline - clock()):
+                    return
+                event.clear()
+        finally:
+            with self._lock:
+                del self._waiting[event]
+
+    def wake_all(self):
+        """Have all waiters ask again: the membership has changed."""
+        with self._lock:
+            for event in self._waiting:
+                event.set()
+
+    def stop_waiting(self):
+        """Wake all who wait for a dot and refuse new waits; called when the node stops."""
+        self._stopping = True
+        self.wake_all()
+
+
+def _missing(vector, others, peers):
+    """Return how many increments of a vector are in none of the other vectors, nor counted by one of the peers."""
+    return sum(
+        max(0, sequence - max((other.get(replica, 0) for other in others), default=0))
+        for replica, sequence in vector.items()
+        if replica not in peers
+    )

@@ -1,0 +1,317 @@
+"""When to send to which address: heartbeats, pushes, pacing, backoff, and sends that may hang.
+
+Pure: it knows no socket, and what depends on time takes `now`.  Nothing is scheduled per
+increment: **a push is due as long as the peer has confirmed less than this node has counted.**
+
+A send holds a thread until it ends.  So that addresses that do not answer delay nobody, only some
+sends may be under way at a time that may well last until their timeout; the other threads are
+for the links that work.
+"""
+
+import logging
+import random
+import threading
+
+log = logging.getLogger("counter.replication")
+
+NEVER = float("inf")
+PACING_S = 0.01  # between two pushes to one peer, times the number of push links
+SLOW_S = 1.0  # a send that takes longer may well take until its timeout
+DOUBTFUL_MAX = 8  # sends at a time that may, each in a thread that others need not wait for
+FAILURE_S, FAILURES_MAX = 1.0, 10  # how much later, of those, one is tried for each failure
+LINK_IDLE_S = 60.0  # a link not used for so long is closed
+
+
+def backoff_s(failures, base_s, max_s, rng=random):
+    """Return the seconds to wait after `failures` (1 or more) failed sends in a row: full jitter.
+
+    Source: Brooker, "Exponential Backoff and Jitter" (AWS Architecture Blog, 2015).
+    """
+    return rng.uniform(0, min(max_s, base_s * 2 ** min(failures - 1, 30)))
+
+
+def cause(error):
+    """Return what lies behind an exception of requests, without its wrappings."""
+    wrapped = (getattr(error, "reason", None), *error.args)
+    inner = next((part for part in wrapped if isinstance(part, Exception)), None)
+    return error if inner is None else cause(inner)
+
+
+class Link:
+    """What is known of sending to one address.  Its `session` belongs to the worker that has it in flight."""
+
+    def __init__(self, address, is_seed=False, agreed=False):
+        self.address, self.is_seed = address, is_seed  # a seed is a name to resolve first
+        self.compare_at = NEVER  # when to compare vectors next, or to resolve the name
+        self.in_flight = False
+        self.compares = True  # the message in flight compares vectors, and does not only push
+        self.last_sent_at = -NEVER
+        self.pushed_at = -NEVER  # when increments were last pushed, and nothing else was sent
+        self.failures = 0  # sends in a row that got no good answer; the first was logged
+        self.retry_at = -NEVER  # no push before that; NEVER: until a heartbeat is answered
+        self.peer = None  # the replica id that answered last
+        self.has_called = False  # a peer that says it is there has sent something by itself
+        self.agreed = agreed  # the vectors were equal when they were last compared, or most likely are
+        self.introduced = False  # the latest answer only said who answers here, so the next must say more
+        self.session = None  # with `prepared`, the request that is sent over it with ever new bodies
+        self.prepared = None
+
+    def is_doubtful(self, now):
+        """Return whether a send may well take until its timeout, as one under way already seems to."""
+        slow = self.in_flight and now - self.last_sent_at > SLOW_S
+        return self.failures > 0 or self.peer is None or slow  # a seed is a name: no id ever answers under it
+
+
+class Links:
+    """The links of a node, and which of them is due.  Threads may call anything at any time.
+
+    `counter` says what this node has counted, `confirmations` what each peer has confirmed of it.
+    At most `doubtful_max` sends start at a time that may take until their timeout.
+    """
+
+    def __init__(self, counter, confirmations, backoff_s, backoff_max_s, doubtful_max=DOUBTFUL_MAX, rng=random):
+        self._counter, self._confirmations, self._rng = counter, confirmations, rng
+        self._backoff_s, self._backoff_max_s, self._doubtful_max = backoff_s, backoff_max_s, doubtful_max
+        # Guards everything below.  Held for dictionary work only, never together with another.
+        self._lock = threading.Lock()
+        self._due_changed = threading.Condition(self._lock)  # one worker waits on it for a link to become due
+        self._idle = threading.Condition(self._lock)  # the others wait on it to take that one's place
+        self._watched = False  # a worker waits on _due_changed
+        self._links = {}  # address -> Link
+        self._seeds = {}  # name -> Link
+        self._scheduled = {}  # the links with a time at which to compare, as an ordered set
+        self._in_flight = {}  # the links that a message is on its way over, as an ordered set
+        self._push_links = {}  # the links that increments are pushed to at once, as an ordered set
+        self._closed = False
+        # A worker waits, and an increment now would make a push due that it does not wait for.  Whoever
+        # counts reads this without the lock.
+        self.asleep = False
+
+    # What makes a link due.
+
+    def wake(self):
+        """Have a worker look what is due after an increment, where none would by itself."""
+        if self.asleep:
+            with self._lock:
+                self.asleep = False
+                self._due_changed.notify()
+
+    def compare_soon(self, addresses, now):
+        """Compare vectors with those addresses, as soon as they do not back off."""
+        with self._lock:
+            for address in addresses:
+                link = self._link_locked(address)
+                self._schedule_locked(link, max(now, link.retry_at))
+
+    def send_heartbeats(self, addresses, seeds, now):
+        """Send a heartbeat to those addresses now, and resolve the names of those seeds."""
+        with self._lock:
+            for address in addresses:
+                self._schedule_locked(self._link_locked(address), now)
+            for name in seeds:
+                self._schedule_locked(self._seeds.setdefault(name, Link(name, is_seed=True)), now)
+
+    def push_addresses(self):
+        """Return the addresses that increments are pushed to at once."""
+        with self._lock:
+            return [link.address for link in self._push_links]
+
+    def push_peers(self):
+        """Return the ids that answered last at those addresses."""
+        with self._lock:
+            return {link.peer for link in self._push_links}
+
+    def push_to(self, addresses, now):
+        """Push increments to those addresses from now on, and close the links that are not used any more."""
+        with self._lock:
+            self._push_links = {self._link_locked(address): None for address in addresses}
+            # In a large cluster most peers are contacted rarely: a connection kept for each would
+            # grow with the square of the cluster.
+            for link in list(self._links.values()):
+                used = link in self._push_links or link in self._scheduled or link.in_flight
+                if not used and now - link.last_sent_at > LINK_IDLE_S:
+                    del self._links[link.address]
+            self._due_changed.notify()  # the new ones may lack something
+
+    def heard_from(self, address):
+        """Take note that a peer there has sent a heartbeat: most likely it can be reached again."""
+        with self._lock:
+            link = self._link_locked(address)
+            link.retry_at, link.has_called = -NEVER, True
+            self._due_changed.notify()
+
+    def is_failing(self, address):
+        """Return whether the last send to an address got no good answer."""
+        with self._lock:
+            link = self._links.get(address)
+            return link is not None and link.failures > 0
+
+    def _link_locked(self, address):
+        link = self._links.get(address)
+        if link is None:
+            link = self._links[address] = Link(address, agreed=self._confirmations.agreed)
+        return link
+
+    def _schedule_locked(self, link, at):
+        if at < link.compare_at:
+            link.compare_at = at
+            self._scheduled[link] = None
+            self._due_changed.notify()
+
+    def _unschedule_locked(self, link):
+        link.compare_at = NEVER
+        self._scheduled.pop(link, None)
+
+    def _due_links_locked(self):
+        """Yield (when to send over it, link) for all links that are free and have something to send."""
+        own, vectors, push_links = self._counter.sequence, self._confirmations.vectors, self._push_links
+        replica, pacing_s = self._counter.replica, self._pacing_s_locked()
+        for link in self._scheduled:
+            if not link.in_flight and link not in push_links:
+                yield link.compare_at, link
+        for link in push_links:
+            if not link.in_flight:
+                at = link.compare_at
+                if own and vectors.get(link.peer, _NOTHING).get(replica, 0) < own:
+                    # A heartbeat does not delay the push after it, or every second some increments would come late.
+                    at = min(at, max(link.pushed_at + pacing_s, link.retry_at))
+                if at < NEVER:
+                    yield at, link
+
+    def _is_quiet_locked(self):
+        """Return whether there is a peer to which the next increment would make a push due."""
+        replica, own, vectors = self._counter.replica, self._counter.sequence, self._confirmations.vectors
+        return any(
+            not link.in_flight and vectors.get(link.peer, _NOTHING).get(replica, 0) >= own for link in self._push_links
+        )
+
+    def _pacing_s_locked(self):
+        """Return the least time between two pushes to a peer: the more peers, the longer, at the same cost."""
+        return PACING_S * len(self._push_links)
+
+    # A send, from its being due to its end.
+
+    def take(self, now):
+        """Return a link that is due, now in flight, or None."""
+        with self._lock:
+            return self._look_locked(now)[0]
+
+    def next_due(self, now):
+        """Return when the next link becomes due after `now`; NEVER if none does by itself."""
+        with self._lock:
+            return min((at for at, _ in self._due_links_locked() if at > now), default=NEVER)
+
+    def next_link(self, clock):
+        """Wait until a link is due and return it, now in flight; None once closed.
+
+        One worker waits for the time at which the next link becomes due, all others to take its
+        place once it has a link: or all would wake up at that time.
+        """
+        with self._lock:
+            while not self._closed:
+                if self._watched:
+                    self._idle.wait()
+                    continue
+                self.asleep = True  # before it looks: from here on an increment wakes it
+                now = clock()
+                link, due_at = self._look_locked(now)
+                self.asleep = link is None and self._is_quiet_locked()
+                if link:
+                    self._idle.notify()
+                    return link
+                self._watched = True
+                self._due_changed.wait(None if due_at == NEVER else due_at - now)
+                self._watched = False
+        return None
+
+    def close(self):
+        """Let all workers go that wait for a link, now and from now on."""
+        with self._lock:
+            self._closed = True
+            self._due_changed.notify_all()
+            self._idle.notify_all()
+
+    def _look_locked(self, now):
+        """Return (a link that is due, now in flight, or None; when the next becomes due)."""
+        due, next_at = [], NEVER
+        for at, link in self._due_links_locked():
+            if at <= now:
+                due.append((at, link))
+            else:
+                next_at = min(next_at, at)
+        if not due:
+            return None, next_at
+        working = [(at, link) for at, link in due if not link.is_doubtful(now)]
+        if working:
+            _, link = min(working, key=lambda entry: entry[0])
+        elif sum(link.is_doubtful(now) for link in self._in_flight) < self._doubtful_max:
+            # A peer that failed once comes before all the dead, but they have their turn as well.
+            _, link = min(due, key=lambda entry: entry[0] + FAILURE_S * min(entry[1].failures, FAILURES_MAX))
+        else:  # one that has to wait is taken at the end of another send
+            return None, next_at
+        link.in_flight, link.last_sent_at = True, now
+        self._in_flight[link] = None
+        link.compares = link.compare_at <= now or link.failures > 0 or link.peer not in self._confirmations.vectors
+        if link.compare_at <= now:
+            self._unschedule_locked(link)
+        if not link.compares:
+            link.pushed_at = now
+        return link, next_at
+
+    def answered(self, link, peer, again=False, hold=False, now=0.0):
+        """Take note that `peer`, a replica id, gave a good answer; the link is free again.
+
+        With `again`, vectors are compared with it once more, soon; with `hold`, nothing is pushed
+        to it before it has answered a heartbeat.
+        """
+        with self._lock:
+            recovered, link.failures = link.failures > 0, 0
+            link.retry_at = NEVER if hold else -NEVER
+            link.peer = peer
+            self._release_locked(link)
+            if again:
+                self._schedule_locked(link, max(now, link.last_sent_at + self._pacing_s_locked()))
+        if recovered:
+            log.info("recovered: addr=%s", link.address)
+
+    def introduced(self, link, peer, now):
+        """Take note that `peer` answers there and has yet to be told something, which is due at once.
+
+        Return whether that is so; where it was so already, the link is not free yet.
+        """
+        with self._lock:
+            link.peer = peer
+            if link.introduced:
+                return False
+            self._release_locked(link)
+            link.introduced = True
+            self._schedule_locked(link, now)
+            return True
+
+    def failed(self, link, error, now):
+        """Take note that a send came to nothing; the link is free again."""
+        with self._lock:
+            link.failures += 1
+            first = link.failures == 1
+            link.retry_at = now + backoff_s(link.failures, self._backoff_s, self._backoff_max_s, self._rng)
+            self._unschedule_locked(link)
+            if link in self._push_links:  # others are tried again by the sweeps alone
+                self._schedule_locked(link, link.retry_at)
+            self._release_locked(link)
+        # A peer that stays down is one line, not one per try.  One that never answered may not have started yet.
+        starting = link.peer is None and not link.has_called and isinstance(error, OSError)
+        level = logging.DEBUG if not first else logging.INFO if starting else logging.WARNING
+        what = "no answer yet" if starting else "retrying"
+        log.log(level, "%s: addr=%s error=%s", what, link.address, cause(error))
+
+    def released(self, link):
+        """Take note that there was nothing to send, or that a seed was resolved; the link is free again."""
+        self.answered(link, link.peer)
+
+    def _release_locked(self, link):
+        link.in_flight = link.introduced = False
+        self._in_flight.pop(link, None)
+        self._due_changed.notify()  # it may be due again, and another may have waited for its end
+
+
+_NOTHING = {}  # what a peer is known to hold that has said nothing yet
