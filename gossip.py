@@ -7,9 +7,10 @@ import logging
 import threading
 
 from counter.binding import Numbers
+from counter.ids import SEQUENCE_MAX
 from counter.links import LINK_IDLE_S
 from counter.roster import ACTIVE, LOST
-from counter.state import APPLIED, GAP, NEEDS, SEQUENCE_MAX
+from counter.state import APPLIED, GAP, NEEDS
 from counter.wire import Message, View, lacks, vector_hash
 from peers import log_changes
 

@@ -1,25 +1,18 @@
 """The parts of a counter node, a file per concern; none of them imports from outside this package."""
 
-from counter.state import (
+from counter.ids import (
     AMOUNT_MAX,
-    APPLIED,
-    GAP,
-    HELD,
     NAME,
-    NEEDS,
     REPLICA,
     SEQUENCE_MAX,
-    Counter,
-    Delta,
-    KeyReused,
-    TooManyCounters,
-    TooManyKeys,
     cancelling_replica,
     increment_id,
     key_digest,
     new_replica,
     parse_increment_id,
 )
+from counter.keys import TooManyKeys
+from counter.state import APPLIED, GAP, HELD, NEEDS, Counter, Delta, KeyReused, TooManyCounters
 
 __version__ = "1.0.0"
 

@@ -7,7 +7,7 @@ import sqlite3
 
 from counter import datafile
 from counter.datafile import DataFileError, entry_crc, identity, key_crc, log_of, replica_crc, seed_crc
-from counter.state import SEQUENCE_MAX
+from counter.ids import SEQUENCE_MAX
 
 PIECE = 500  # rows written by one statement: no other Python thread runs while their JSON is made
 LOG_SIZE = 16 * 2**20  # bytes to which SQLite cuts its log back after a large transaction
@@ -165,7 +165,7 @@ class Writer:
         seed, change = seed_crc(id), 0
         for piece in _pieces(keys):
             rows = []
-            for sequence, digest, name, amount, age_s in piece:
+            for sequence, digest, name, amount, age_s, *_ in piece:
                 at = round((wall - age_s) * 1000)
                 crc = key_crc(seed, sequence, digest, name, amount, at)
                 rows.append((sequence, digest, name, amount, at, crc))

@@ -5,7 +5,7 @@ import re
 
 from counter import http1
 from counter.http1 import Refused
-from counter.state import AMOUNT_MAX, NAME, parse_increment_id
+from counter.ids import AMOUNT_MAX, NAME, parse_increment_id
 
 WAIT_DEFAULT_S, WAIT_MAX_S = 5.0, 60.0  # of ?timeout=
 COUNTS_MAX = 1000  # counters in one answer

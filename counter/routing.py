@@ -10,8 +10,8 @@ import itertools
 
 from counter import http1, metrics
 from counter.http1 import Refused
+from counter.ids import NAME
 from counter.lanes import QUICK, SLOW
-from counter.state import NAME
 
 READ, ADD = "GET /count[/NAME] reads a counter", "POST /increment[/NAME] adds to a counter"
 INSTEAD = {"/increment": READ, "/count": ADD, "/counts": ADD}  # path -> what a wrong method most likely meant

@@ -14,7 +14,8 @@ import re
 from collections import namedtuple
 
 from counter.addresses import parse_address
-from counter.state import AMOUNT_MAX, NAME, REPLICA, SEQUENCE_MAX, Delta
+from counter.ids import AMOUNT_MAX, NAME, REPLICA, SEQUENCE_MAX
+from counter.state import Delta
 
 VERSION = 1  # of what a message may say
 PATH = "/internal/gossip"
@@ -199,13 +200,16 @@ def checked_delta(delta):
     # Every sequence touched one counter, and the last one cannot have been overtaken.
     sequences = {sequence for sequence, _ in totals.values()}
     _require(len(sequences) == len(totals) and through in sequences, "a delta's entries")
-    keys = tuple([tuple(key[:5]) for key in keys])
-    for sequence, digest, name, amount, age_s in keys:
+    keys = tuple([(*key[:5], _dots(key[5])) if len(key) > 5 and key[5] else tuple(key[:5]) for key in keys])
+    for sequence, digest, name, amount, age_s, *_ in keys:
         _require(_is_int(sequence, after + 1, through) and _DIGEST.match(digest) and name in totals, "a key")
         _require(_is_int(amount, -AMOUNT_MAX, AMOUNT_MAX) and amount != 0, "a key's amount")
         _require(type(age_s) in (int, float) and 0 <= age_s < AGE_MAX_S, "a key's age")
     _require(len({sequence for sequence, *_ in keys}) == len(keys), "a key's sequence")
-    requires = tuple([(dot[0], dot[1]) for dot in requires])
-    for required, sequence in requires:
-        _require(REPLICA.match(required) and _is_int(sequence, 1, SEQUENCE_MAX), "a required dot")
-    return Delta(replica, after, through, totals, keys, requires)
+    return Delta(replica, after, through, totals, keys, _dots(requires))
+
+
+def _dots(dots):
+    dots = tuple([(dot[0], dot[1]) for dot in dots])
+    _require(all(REPLICA.match(replica) and _is_int(sequence, 1, SEQUENCE_MAX) for replica, sequence in dots), "a dot")
+    return dots

@@ -36,7 +36,7 @@ def wait_until(condition, timeout_s=15.0):
 
 def wait_until_waiting(node):
     """Wait until some request waits for an increment."""
-    wait_until(lambda: node.counter._waiting)
+    wait_until(lambda: len(node.counter._waiters))
 
 
 def free_port():

@@ -303,7 +303,7 @@ def test_after_waits_for_an_increment_of_a_peer(client, connect, node):
     replica, peer, further = new_replica(), connect(node), connect(node)
     client.send(request("GET", f"/count/peers?timeout=60&after={increment_id(replica, 2)}"))
     further.send(request("GET", f"/count/peers?timeout=60&after={increment_id(replica, 3)}"))
-    wait_until(lambda: len(node.counter._waiting.get(replica, ())) == 2)
+    wait_until(lambda: len(node.counter._waiters) == 2)
     peer.send(gossip_request(node, Delta(replica, 0, 2, {"peers": (2, 7)})))
     assert peer.read().status == 200
     assert client.read().json() == {"name": "peers", "count": 7}

@@ -611,7 +611,7 @@ def test_who_waits_holds_up_nobody(node, connect):
     waiting = [connect(node) for _ in range(20)]
     for client in waiting:
         client.send(request("GET", f"/count?timeout=60&after={next_id(node)}"))
-    wait_until(lambda: len(node.counter._waiting.get(node.counter.replica, ())) == 20)
+    wait_until(lambda: len(node.counter._waiters) == 20)
     assert connect(node).ask("POST", "/increment").status == 200
     assert all(client.read().status == 200 for client in waiting)
 
@@ -622,7 +622,7 @@ def test_only_so_many_may_wait(start_local, connect):
     waiting, client = [connect(node), connect(node)], connect(node)
     for one in waiting:
         one.send(request("GET", f"/count?timeout=60&after={next_id(node)}"))
-    wait_until(lambda: len(node.counter._waiting.get(node.counter.replica, ())) == 2)
+    wait_until(lambda: len(node.counter._waiters) == 2)
     refused = client.ask("POST", "/increment?acks=1")
     assert "--max-waiting" in problem(refused, 503)
     assert "retry-after" in refused.headers

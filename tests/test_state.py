@@ -29,6 +29,8 @@ from counter import (
     new_replica,
     parse_increment_id,
 )
+from counter.keys import KeyRecords
+from counter.streams import Totals
 
 A, B, C = (f"{letter * 8}-{letter * 4}-8{letter * 3}" for letter in "abc")
 
@@ -51,10 +53,15 @@ class Interruptible(dict):
         time.sleep(0)
         return value
 
+    def __getitem__(self, key):
+        value = super().__getitem__(key)
+        time.sleep(0)
+        return value
+
 
 def interruptible(counter):
     """Return the counter, with state in which races show."""
-    counter._applied, counter._values = Interruptible(), Interruptible()
+    counter._applied, counter._counters.numbers = Interruptible(counter._applied), Interruptible()
     return counter
 
 
@@ -338,6 +345,69 @@ def test_a_cancelled_use_of_a_key_cancels_none_itself():
     for sender, receiver in ((first, third), (third, first), (third, second), (second, third)) * 2:
         sync(sender, receiver, 79)
     assert [counter.value("x") for counter in (first, second, third)] == [2, 2, 2]
+
+
+def test_keys_used_anew_are_not_cancelled_by_a_node_that_was_paused():
+    """Such a node hears of the first uses late, so that they seem to be younger than they are."""
+    first, paused = Counter(A, key_window_s=3), Counter(B, key_window_s=3)
+    for number in range(5):
+        first.increment_once(f"k{number}", "x", 1, now=0)
+    early = first.delta(A, 0, now=0)
+    for number in range(5):
+        assert not first.increment_once(f"k{number}", "x", 1, now=3.3)[3]
+    paused.merge(early, now=4)
+    paused.merge(first.delta(A, 5, now=3.3), now=4)
+    assert (paused.value("x"), paused.vector()) == (10, {A: 10})
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_key_that_another_node_used_anew_is_not_cancelled_either(order):
+    """It knew of the first use, and that its time had passed, and said so."""
+    first, second, paused = Counter(A, key_window_s=3), Counter(B, key_window_s=3), Counter(C, key_window_s=3)
+    first.increment_once("k", "x", 1, now=0)
+    early = first.delta(A, 0, now=0)
+    sync(first, second, 0.1)
+    assert not second.increment_once("k", "x", 1, now=3.3)[3]
+    late = second.delta(B, 0, now=3.3)
+    assert late.keys == ((1, key_digest("k"), "x", 1, 0.0, ((A, 1),)),)
+    for number in order:
+        paused.merge((early, late)[number], now=4)
+    assert (paused.value("x"), paused.vector()) == (2, {A: 1, B: 1})
+
+
+def test_a_key_used_anew_is_not_taken_for_a_repetition_of_a_use_that_is_not_known_here():
+    """The third node knows a repetition and the renewal; only the first use tells them apart."""
+    first, second, third, fourth = (Counter(new_replica(), key_window_s=60) for _ in range(4))
+    first.increment_once("k", "x", 1, now=0)
+    sync(first, second, 1)
+    third.increment_once("k", "x", 1, now=40)
+    assert not second.increment_once("k", "x", 1, now=61)[3]
+    for sender in (second, third):
+        fourth.merge(sender.delta(sender.replica, 0, now=62), now=62)
+    sync(first, fourth, 62)
+    assert fourth.value("x") == 2
+
+
+def test_many_counters_and_keys_travel_as_columns():
+    """They are copied while the counter goes on, and read while it does."""
+    first, second = Counter(A), Counter(B)
+    for number in range(5000):
+        first.increment_once(f"k{number}", f"n{number}", 2**53 - 1, now=number / 1000)
+    first.increment("n0", 2**63)
+    (delta,) = first.deltas({}, 10**9, now=5)
+    first.increment_once("later", "later", 1, now=5)
+    first.increment("n1")
+    assert (len(delta.totals), len(delta.keys), delta.through) == (5000, 5000, 5001)
+    assert next(iter(delta.keys)) == (1, key_digest("k0"), "n0", 2**53 - 1, 5.0)
+    read = delta._replace(totals=Totals(), keys=KeyRecords())
+    read.totals.extend(delta.totals.items())
+    read.keys.extend(delta.keys)
+    assert second.merge(read, now=5) == APPLIED
+    assert second.value("n0") == 2**63 + 2**53 - 1
+    assert second.value("n1") == 2**53 - 1
+    assert second.increment_once("k4999", "n4999", 2**53 - 1, now=6) == (A, 5000, 2**53 - 1, True)
+    assert second.merge(first.delta(A, 5001, now=6), now=6) == APPLIED
+    assert second.deltas({}, 10**9, 6)[0].totals == first.deltas({}, 10**9, 6)[0].totals
 
 
 def test_keys_from_a_file_are_kept_for_a_whole_window():

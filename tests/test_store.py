@@ -226,7 +226,7 @@ def test_a_commit_that_fails_confirms_nothing(path, opened, impatient, monkeypat
         assert not store.wait_until_saved(*dot, 10)
         # What it held may be gone, too: nobody knows while it fails.
         wait_until(lambda: not store.status().ok)
-        assert not store.wait_until_saved(*store._counter.vector().popitem(), 10)
+        assert not store.wait_until_saved(*next(iter(store._counter.vector().items())), 10)
     wait_until(lambda: store.status().ok)
     assert store.wait_until_saved(*dot, 10)
 

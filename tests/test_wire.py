@@ -35,12 +35,13 @@ DIGEST = "0123456789abcdef" * 2
 
 def test_what_a_later_version_adds_is_ignored():
     """At every level: so the nodes of a cluster can be replaced by newer ones one by one."""
-    delta = Delta(B, 1, 3, {"x": (2, 5), "y": (3, 1)}, ((3, DIGEST, "y", 1, 0.5),), ((A, 1), (C, 1)))
+    keys = (2, DIGEST, "x", 1, 0.5), (3, DIGEST, "y", 1, 0.5, ((A, 1),))
+    delta = Delta(B, 1, 3, {"x": (2, 5), "y": (3, 1)}, keys, ((A, 1), (C, 1)))
     for applied, hash in (({A: 5}, None), (None, "0" * 32)):
         message = Message(A_SENDS, View([(B, AT_B, 3)], [(C, 5)]), applied, hash, {B: 3}, [delta], {C: GAP})
         fields = json.loads(encode(message))
         more = with_more(fields)
-        assert json.dumps(more).count("later") == 11
+        assert json.dumps(more).count("later") == 12
         assert decode(json.dumps(more).encode()) == decode(encode(message)) == message
 
 
@@ -178,6 +179,9 @@ def test_what_is_no_message_is_refused(body):
         ),
         with_delta(keys=[GOOD_KEY, GOOD_KEY]),
         with_delta(requires=[[A, 0]]),
+        with_delta(keys=[[*GOOD_KEY, [[A, 0]]]]),
+        with_delta(keys=[[*GOOD_KEY, [["x", 1]]]]),
+        with_delta(keys=[[*GOOD_KEY, 7]]),
         with_delta(requires=[["x", 1]]),
         with_delta(requires=None),
     ],

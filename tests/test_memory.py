@@ -1,0 +1,69 @@
+"""What happens when memory runs out in the middle of something."""
+
+import subprocess
+import sys
+from array import array
+from pathlib import Path
+
+import pytest
+
+from counter import Counter, Delta
+
+A, B = (f"{letter * 8}-{letter * 4}-8{letter * 3}" for letter in "ab")
+
+
+def test_no_failing_allocation_leaves_a_wrong_count():
+    """Each allocation of an increment, of a merge and so on fails once: all or nothing has changed then."""
+    pytest.importorskip("_testcapi")  # of CPython; some distributions have it in a package of its own
+    script = Path(__file__).parent / "memory_faults.py"
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=80)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+class Full(list):
+    """A list for which there is no more memory."""
+
+    def append(self, _):
+        raise MemoryError
+
+
+class FullArray(array):
+    """An array for which there is no more memory."""
+
+    def append(self, _):
+        raise MemoryError
+
+
+def fill_names(counter):
+    counter._counters.names = Full(counter._counters.names)
+
+
+def fill_log(counter):
+    counter._own.log = FullArray("I", counter._own.log)
+
+
+def fill_sequences(counter):
+    counter._own.sequences = FullArray("Q", counter._own.sequences)
+
+
+@pytest.mark.parametrize("fill", [fill_names, fill_log, fill_sequences])
+def test_an_increment_without_memory_changes_nothing(fill):
+    counter = Counter(A)
+    counter.increment("x")
+    fill(counter)
+    with pytest.raises(MemoryError):
+        counter.increment("y")
+    assert counter.list("", "", 9) == ({"x": 1}, None)
+    assert counter.vector() == {A: 1}
+    assert counter.deltas({}, 10**6, 0) == [Delta(A, 0, 1, {"x": (1, 1)})]
+
+
+def test_a_merge_without_memory_changes_nothing():
+    counter = Counter(A)
+    counter.increment("x")
+    fill_names(counter)
+    with pytest.raises(MemoryError):
+        counter.merge(Delta(B, 0, 3, {"x": (1, 1), "y": (2, 1), "z": (3, 1)}), 0)
+    assert counter.list("", "", 9) == ({"x": 1}, None)
+    assert counter.vector() == {A: 1}
+    assert not counter.holds(B, 1)
