@@ -121,6 +121,7 @@ def connect(path, options):
     uri = f"{Path(os.path.realpath(path)).as_uri()}?{options}"
     db = sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     try:
+        db.execute("PRAGMA temp_store = MEMORY")  # there may be no folder for temporary files
         db.execute("SELECT count(*) FROM sqlite_master").fetchone()  # it is opened only now
     except BaseException:
         db.close()

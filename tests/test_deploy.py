@@ -34,18 +34,39 @@ def stateful_set():
     return next(document for document in documents() if document["kind"] == "StatefulSet")
 
 
+def stateful_set_with_data():
+    """Return what kustomization.yaml makes of it: its patch has operations of RFC 6902, all of which add."""
+    (patch,) = yaml.safe_load((DEPLOY / "kustomization.yaml").read_text())["patches"]
+    patched = stateful_set()
+    assert patch["target"] == {"kind": patched["kind"], "name": patched["metadata"]["name"]}
+    for change in yaml.safe_load(patch["patch"]):
+        assert change["op"] == "add"
+        *path, last = change["path"].strip("/").split("/")
+        parent = patched
+        for part in path:
+            parent = parent[int(part) if type(parent) is list else part]
+        if type(parent) is list:
+            assert last == "-"
+            parent.append(change["value"])
+        else:
+            assert last not in parent
+            parent[last] = change["value"]
+    return patched
+
+
 def container():
     return stateful_set()["spec"]["template"]["spec"]["containers"][0]
 
 
-def compose():
-    return yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+def compose(name="compose.yaml"):
+    return yaml.safe_load((DEPLOY / name).read_text())
 
 
-def unit_arguments():
+def unit_arguments(data=False):
     line = re.search("^ExecStart=(.*)$", UNIT.read_text(), re.MULTILINE)[1]
     example = re.search("COUNTER_PEERS=([^']+)", UNIT.read_text())[1]
-    return shlex.split(line.replace("${COUNTER_PEERS}", example))[1:]
+    options = re.search("COUNTER_OPTIONS=([^']+)", UNIT.read_text())[1] if data else ""
+    return shlex.split(line.replace("${COUNTER_PEERS}", example).replace("$COUNTER_OPTIONS", options))[1:]
 
 
 def command_lines():
@@ -55,7 +76,14 @@ def command_lines():
         yield service["command"]
 
 
-@pytest.mark.parametrize("arguments", list(command_lines()), ids=" ".join)
+def command_lines_with_data():
+    yield unit_arguments(data=True)
+    yield stateful_set_with_data()["spec"]["template"]["spec"]["containers"][0]["args"]
+    for service in compose("compose.data.yaml")["services"].values():
+        yield service["command"]
+
+
+@pytest.mark.parametrize("arguments", [*command_lines(), *command_lines_with_data()], ids=" ".join)
 def test_a_command_line_is_accepted(arguments, tmp_path):
     """It listens beyond loopback, with a secret, and has peers."""
     secret = tmp_path / "secret"
@@ -65,6 +93,31 @@ def test_a_command_line_is_accepted(arguments, tmp_path):
     config = parse_arguments(text.split())
     assert (config.host, config.port, config.secret) == ("0.0.0.0", 8080, b"deployed")
     assert config.peers
+    assert (config.data is None) == (arguments in command_lines())
+
+
+def flags(arguments):
+    """Return {flag: value} of a command line, in either spelling."""
+    return dict(re.findall(r"(--[a-z-]+)[ =](\S+)", " ".join(arguments)))
+
+
+def test_with_a_file_is_as_without_but_for_the_file():
+    """And the file is in a folder that outlives the process."""
+    for with_file, without in zip(command_lines_with_data(), command_lines(), strict=True):
+        path = flags(with_file)["--data"]
+        assert flags(with_file) == flags(without) | {"--data": path}
+        assert Path(path).parent in (Path("/data"), Path("/var/lib/counter-server"))
+    assert "\nStateDirectory=counter-server\n" in UNIT.read_text()
+    data = compose("compose.data.yaml")
+    mounted = [mount for service in data["services"].values() for mount in service["volumes"]]
+    assert sorted(mounted) == [f"{name}:/data" for name in sorted(data["volumes"])]
+    assert data["services"].keys() == compose()["services"].keys()
+    spec = stateful_set_with_data()["spec"]
+    (claim,), mounts = spec["volumeClaimTemplates"], spec["template"]["spec"]["containers"][0]["volumeMounts"]
+    assert {"name": claim["metadata"]["name"], "mountPath": "/data"} in mounts
+    group = spec["template"]["spec"]["securityContext"]["fsGroup"]
+    assert f"install -d -m 0770 -g {group} /data" in (DEPLOY / "Dockerfile").read_text()
+    assert all(service["user"].endswith(f":{group}") for service in compose()["services"].values())
 
 
 def test_systemd_accepts_the_unit(tmp_path):
@@ -79,15 +132,14 @@ def test_systemd_accepts_the_unit(tmp_path):
     assert exposure.returncode == 0, exposure.stdout
 
 
-def test_compose_accepts_its_file():
-    """It follows the schema of the Compose specification."""
-    checked = run(
-        sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", "deploy/compose.yaml"
-    )
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.data.yaml"])
+def test_compose_accepts_its_files(name):
+    """They follow the schema of the Compose specification."""
+    checked = run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", f"deploy/{name}")
     assert checked.returncode == 0, checked.stdout
 
 
-@pytest.mark.parametrize("document", documents(), ids=lambda document: document["kind"])
+@pytest.mark.parametrize("document", [*documents(), stateful_set_with_data()], ids=lambda document: document["kind"])
 def test_kubernetes_accepts_its_resources(document):
     """They follow the schemas of its API, without unknown fields."""
     kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
