@@ -15,11 +15,12 @@ import pytest
 import yaml
 from conftest import PROJECT, require_tools
 
-from counter import Counter, new_replica
+from counter import Counter, Delta, new_replica
 from counter.config import parse_arguments
 
 DEPLOY = PROJECT / "deploy"
 UNIT = DEPLOY / "counter-server.service"
+FURTHER = 5  # processes beside the first that incremented all counters
 
 
 def run(*command):
@@ -195,6 +196,14 @@ def counters(number):
     return counter
 
 
+def entries(number):
+    counter = counters(number)
+    for _ in range(FURTHER):
+        totals = {name: (sequence, 1) for sequence, name in enumerate(counter.list("", "", number)[0], 1)}
+        counter.merge(Delta(new_replica(), 0, number, totals), 0.0)
+    return counter
+
+
 def keys(number):
     counter = Counter(new_replica(), number, number, 3600)
     for key in range(number):
@@ -205,17 +214,19 @@ def keys(number):
 def test_the_memory_limit_holds_what_the_flags_allow():
     """It follows from the formula beside it, whose figures bound those of the real objects."""
     text = (DEPLOY / "kubernetes.yaml").read_text()
-    base, per_counter, per_key, per_connection, per_waiting = (
+    base, per_counter, per_entry, per_key, per_connection, per_waiting = (
         float(re.search(pattern, text)[1]) * unit
         for pattern, unit in [
             (r"# +(\d+) MiB\n", 2**20),
-            (r"\+ ([\d.]+) KB for every counter", 1000),
+            (r"\+ ([\d.]+) KB for every counter\n", 1000),
+            (r"\+ ([\d.]+) KB for every counter and further process", 1000),
             (r"\+ ([\d.]+) KB for every key", 1000),
             (r"\+ ([\d.]+) KB for every connection", 1000),
             (r"\+ ([\d.]+) KB for every request that waits", 1000),
         ]
     )
     assert bytes_per_item(counters) <= per_counter
+    assert bytes_per_item(entries) - bytes_per_item(counters) <= FURTHER * per_entry
     assert bytes_per_item(keys) <= per_key
     flags = [flag for flag in container()["args"] if not flag.startswith("--secret-file")]
     config = parse_arguments([*flags, "--insecure"])
@@ -223,11 +234,13 @@ def test_the_memory_limit_holds_what_the_flags_allow():
     processes = int(re.search(r"With (\d+) of them", text)[1])
     needed = (
         base
-        + per_counter * pods * config.max_counters * processes
+        + pods * config.max_counters * (per_counter + per_entry * (processes - 1))
         + per_key * config.max_idempotency_keys
         + per_connection * config.max_connections
         + per_waiting * config.max_waiting
     )
+    formula = re.findall(r"# +(\+ .*)\n", text)
+    assert [line for line in formula if line not in (PROJECT / "docs/operations.md").read_text()] == []
     limit = container()["resources"]["limits"]["memory"]
     assert limit.endswith("Gi")
     assert needed <= int(limit.removesuffix("Gi")) * 2**30
