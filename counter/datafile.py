@@ -35,9 +35,9 @@ SCHEMA = (
     # total has no type: it may pass 64 bits, is text then, and would be a float in an INTEGER column
     "CREATE TABLE entry(replica INTEGER, name TEXT, sequence INTEGER, total, crc INTEGER,"
     " PRIMARY KEY(replica, name)) WITHOUT ROWID",
-    # at: milliseconds since 1970
+    # at: milliseconds since 1970; renews: JSON, the dots that a use renews, or null
     "CREATE TABLE accepted(replica INTEGER, sequence INTEGER, digest TEXT, name TEXT, amount INTEGER,"
-    " at INTEGER, crc INTEGER, PRIMARY KEY(replica, sequence)) WITHOUT ROWID",
+    " at INTEGER, renews TEXT, crc INTEGER, PRIMARY KEY(replica, sequence)) WITHOUT ROWID",
 )
 
 
@@ -158,8 +158,8 @@ def entry_crc(seed, name, sequence, total):
     return crc32(f"{name} {sequence} {total}".encode(), seed)
 
 
-def key_crc(seed, sequence, digest, name, amount, at):
-    return crc32(f"{sequence} {digest} {name} {amount} {at}".encode(), seed)
+def key_crc(seed, sequence, digest, name, amount, at, renews):
+    return crc32(f"{sequence} {digest} {name} {amount} {at} {renews or ''}".encode(), seed)
 
 
 def create(path, cluster):
@@ -267,13 +267,13 @@ class Reader:
     def _keys(self, number, id, wall):
         """Return the keys of a replica, as those of a Delta, and the sum of the checksums."""
         keys, seed, sum = [], seed_crc(id), 0
-        for sequence, digest, name, amount, at, crc in self._db.execute(
-            "SELECT sequence, digest, name, amount, at, crc FROM accepted WHERE replica = ?", (number,)
+        for sequence, digest, name, amount, at, renews, crc in self._db.execute(
+            "SELECT sequence, digest, name, amount, at, renews, crc FROM accepted WHERE replica = ?", (number,)
         ):
-            if crc != key_crc(seed, sequence, digest, name, amount, at):
+            if crc != key_crc(seed, sequence, digest, name, amount, at, renews):
                 raise ValueError(f"key {sequence!r} of replica {id!r}")
             # A clock may have been set since; a file that was made in 1970 is no reason to refuse it.
             age_s = min(max(0.0, round(wall - at / 1000, 3)), AGE_MAX_S / 2)
-            keys.append((sequence, digest, name, amount, age_s))
+            keys.append((sequence, digest, name, amount, age_s, *([json.loads(renews)] if renews else ())))
             sum += crc
         return keys, sum

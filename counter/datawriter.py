@@ -23,7 +23,7 @@ FROM json_each(?) WHERE true
 ON CONFLICT DO UPDATE SET sequence = excluded.sequence, total = excluded.total, crc = excluded.crc"""
 _WRITE_KEYS = """
 INSERT INTO accepted SELECT ?, json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
-json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]')
+json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]'), json_extract(value, '$[6]')
 FROM json_each(?)"""
 
 
@@ -165,10 +165,10 @@ class Writer:
         seed, change = seed_crc(id), 0
         for piece in _pieces(keys):
             rows = []
-            for sequence, digest, name, amount, age_s, *_ in piece:
-                at = round((wall - age_s) * 1000)
-                crc = key_crc(seed, sequence, digest, name, amount, at)
-                rows.append((sequence, digest, name, amount, at, crc))
+            for sequence, digest, name, amount, age_s, *renews in piece:
+                at, renews = round((wall - age_s) * 1000), json.dumps(renews[0]) if renews else None
+                crc = key_crc(seed, sequence, digest, name, amount, at, renews)
+                rows.append((sequence, digest, name, amount, at, renews, crc))
                 change += crc
             self._db.execute(_WRITE_KEYS, (number, json.dumps(rows)))
             self._keyed.add(number)

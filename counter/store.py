@@ -178,7 +178,7 @@ class Store:
             self._upkeep_at = began + UPKEEP_S
             self._writer.check_in_place()
             if began - self._started > self._key_window_s:  # as long as the counter remembers what was loaded
-                self._writer.forget_keys(self._wall() - self._key_window_s)
+                self._writer.forget_keys(self._wall() - 2 * self._key_window_s)
         self._committed(deltas, vector, began)
 
     def _committed(self, deltas, vector, began):

@@ -154,6 +154,12 @@ def test_the_ages_of_keys_follow_the_wall_clock(path, writer):
     assert ages(WALL + 1e11) == [datafile.AGE_MAX_S / 2] * 2
 
 
+def test_a_use_that_renews_others_is_written_with_them(path, writer):
+    key = (2, key_digest("k"), "x", 1, 0.0, ((A, 1), (B, 7)))
+    writer.save([Delta(A, 0, 2, {"x": (2, 2)}, (key,))], WALL)
+    assert read(path)[A].keys == (key,)
+
+
 def test_keys_are_forgotten_by_their_time(path, writer):
     def key(sequence, age_s):
         return sequence, key_digest(f"{sequence}"), "x", 1, age_s
