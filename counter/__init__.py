@@ -1,5 +1,6 @@
 """The parts of a counter node, a file per concern; none of them imports from outside this package."""
 
+from counter.histories import TooManyCounters
 from counter.ids import (
     AMOUNT_MAX,
     NAME,
@@ -12,7 +13,7 @@ from counter.ids import (
     parse_increment_id,
 )
 from counter.keys import TooManyKeys
-from counter.state import APPLIED, GAP, HELD, NEEDS, Counter, Delta, KeyReused, TooManyCounters
+from counter.state import APPLIED, GAP, HELD, NEEDS, Counter, Delta, KeyReused
 
 __version__ = "1.0.0"
 

@@ -21,10 +21,9 @@ from contextlib import suppress
 from functools import partial
 
 from counter.cancellations import Cancellations
-from counter.ids import cancelling_replica, key_digest, new_replica
-from counter.keys import PIECE, KeyTable, SentKeys, Use
-from counter.streams import OwnStream, Stream
-from counter.values import Values
+from counter.histories import Histories
+from counter.ids import cancelling_replica, key_digest
+from counter.keys import PIECE, KeyTable, SentKeys
 from counter.waiting import Waiters
 
 # What `Counter.merge` found a delta to be.
@@ -42,10 +41,6 @@ NEEDS = "needs"  # it cancels increments that are not both held
 Delta = namedtuple("Delta", "replica after through totals keys requires", defaults=((), ()))
 
 
-class TooManyCounters(Exception):
-    """A new counter would be one more than this node creates."""
-
-
 class KeyReused(Exception):
     """The idempotency key came before, with another counter or amount."""
 
@@ -57,34 +52,29 @@ class Counter:
     `now` is in seconds of any clock that only moves forward; a key answers repetitions for
     `key_window_s`.  The two limits hold for what this node accepts, never for what it merges.
 
-    When memory runs out a call raises MemoryError and has changed nothing: all that allocates
-    comes first, and what changes counts afterwards only replaces what is there.
+    When memory runs out a call raises MemoryError and has changed nothing.
     """
 
     def __init__(self, replica, counters_max=100_000, keys_max=1_000_000, key_window_s=3600.0):
-        self._counters_max = counters_max
         # Guards everything below.  Held for work in memory only: no I/O, no call out of this
         # package, so it is never held together with another lock.
         self._lock = threading.Lock()
-        self._counters = Values()
-        self._own = OwnStream(replica)
-        self._streams = {replica: self._own}  # replica -> Stream
-        self._applied = {replica: 0}  # replica -> the sequence through which its history is held here
+        self._keys = KeyTable(keys_max, key_window_s)
+        self._histories = Histories(replica, self._keys, counters_max)
+        self._counters, self._applied = self._histories.counters, self._histories.applied  # parts of it
         self._cancellations = Cancellations()
         self._cancelled = {}  # replica of each cancellation -> 1
         self._vector = None  # the vector last handed out; None once out of date
-        self._keys = KeyTable(keys_max, key_window_s)
-        self._conflicts = []  # digests of keys with several uses, yet to be settled
         self._waiters = Waiters(self.holds, self._lock)
 
     @property
     def replica(self):
-        return self._own.replica
+        return self._histories.own.replica
 
     @property
     def sequence(self):
         """The sequence of the last increment accepted under this id; 0 before the first."""
-        return self._applied[self._own.replica]
+        return self._applied[self.replica]
 
     # Counting.
 
@@ -94,7 +84,9 @@ class Counter:
         Raises TooManyCounters, and then has changed nothing.
         """
         with self._lock:
-            return self._increment_locked(name, amount)
+            counted = self._histories.count(name, amount)
+            self._changed_locked(counted[0], counted[1])
+            return counted
 
     def increment_once(self, key, name, amount, now):
         """Count `amount` unless it was counted under the same key, a string, before.
@@ -111,53 +103,15 @@ class Counter:
                     raise KeyReused
                 return first.replica, first.sequence, self._counters.values[first.counter], True
             self._keys.make_room(now)
-            return *self._increment_locked(name, amount, (digest, now, renews)), False
+            counted = self._histories.count(name, amount, (digest, now, renews))
+            self._changed_locked(counted[0], counted[1])
+            return *counted, False
 
-    def _increment_locked(self, name, amount, use=None):
-        """Count; `use` is (digest, now, renewed dots) of a key that came with it."""
-        own, counters, values = self._own, self._counters, self._counters.values
-        number, known = counters.numbers.get(name), len(values)
-        if number is None:
-            if known >= self._counters_max:
-                raise TooManyCounters
-            number = self._create_locked(name)
-        replica = own.replica
-        held = self._applied[replica]
-        try:
-            sequence, total, value = held + 1, own.totals[number] + amount, values[number] + amount
-            counted = replica, sequence, value
-            if use:
-                digest, now, renews = use
-                self._keys.add(Use(replica, sequence, digest, number, amount, now, renews))
-            if len(own.log) > own.log_max:
-                own.begin_log(held)
-            own.log.append(number)
-        except BaseException:
-            self._undo_locked(own, held, known, known)
-            raise
-        own.totals[number], own.sequences[number] = total, sequence
-        values[number], self._applied[replica] = value, sequence
+    def _changed_locked(self, replica, through):
+        """Take note that the history of a replica is now held through a sequence."""
         self._vector = None
         if self._waiters:
-            self._waiters.wake(replica, sequence)
-        return counted
-
-    def _create_locked(self, name):
-        """Return the number of a new counter."""
-        number = self._counters.create(name)
-        try:
-            self._own.add(number)
-        except BaseException:
-            self._counters.truncate(number)
-            raise
-        return number
-
-    def _undo_locked(self, stream, held, rows, counters):
-        """Take back what was prepared: rows of a stream, uses of keys after `held`, and new counters."""
-        self._keys.drop_after(stream.replica, held)
-        stream.truncate(rows)
-        self._own.truncate(counters)
-        self._counters.truncate(counters)
+            self._waiters.wake(replica, through)
 
     # Idempotency keys.
 
@@ -180,11 +134,12 @@ class Counter:
 
     def _settle_locked(self):
         """Cancel what was counted more than once because several replicas took one key."""
-        while self._conflicts:
-            for stays, cancelled in self._keys.settle(self._conflicts[-1], self.holds):
+        conflicts = self._histories.conflicts
+        while conflicts:
+            for stays, cancelled in self._keys.settle(conflicts[-1], self.holds):
                 dots = (stays.replica, stays.sequence), (cancelled.replica, cancelled.sequence)
                 self._cancel_locked(cancelling_replica(dots[1]), dots, cancelled.counter, cancelled.amount)
-            self._conflicts.pop()
+            conflicts.pop()
 
     def _cancel_locked(self, replica, dots, number, amount):
         """Cancel the second of two dots, which counted `amount`, unless that was done."""
@@ -198,8 +153,7 @@ class Counter:
             self._cancellations.drop_last()
             raise
         self._counters.values[number] = value
-        self._vector = None
-        self._waiters.wake(replica, 1)
+        self._changed_locked(replica, 1)
 
     # Reading.
 
@@ -231,7 +185,7 @@ class Counter:
         if self._vector is None:
             vector = {**self._applied, **self._cancelled}
             if not self.sequence:
-                del vector[self._own.replica]
+                del vector[self.replica]
             self._vector = vector
         return self._vector
 
@@ -291,7 +245,7 @@ class Counter:
         keys = (
             SentKeys(partial(self._copy_uses, replica), after, through, uses, self._counters.names, now) if uses else ()
         )
-        return Delta(replica, after, through, self._streams[replica].cut(after, self._counters.names), keys)
+        return Delta(replica, after, through, self._histories.streams[replica].cut(after, self._counters.names), keys)
 
     def _copy_uses(self, *range):
         with self._lock:
@@ -303,14 +257,20 @@ class Counter:
         Only APPLIED has changed anything.  A delta of this very replica is HELD: nobody knows
         more of it.  `now` is when the delta was cut, as far as known: the ages of keys are as of then.
         """
+        replica, after, through, *_, requires = delta
         with self._lock:
-            if delta.requires:
+            if requires:
                 return self._merge_cancellation_locked(delta)
-            result = self._merge_locked(delta, now)
-            if result == APPLIED:
-                with suppress(MemoryError):  # what is not settled now is at the next call of expire()
-                    self._settle_locked()
-            return result
+            held = self._applied.get(replica, 0)
+            if replica == self.replica or through <= held:
+                return HELD
+            if after > held:
+                return GAP
+            self._histories.take(delta, now)
+            self._changed_locked(replica, through)
+            with suppress(MemoryError):  # what is not settled now is at the next call of expire()
+                self._settle_locked()
+            return APPLIED
 
     def _merge_cancellation_locked(self, delta):
         replica, _, through, totals, _, dots = delta
@@ -324,73 +284,6 @@ class Counter:
             return NEEDS
         self._cancel_locked(replica, dots, self._counters.numbers[name], -total)
         return APPLIED
-
-    def _merge_locked(self, delta, now):
-        replica, after, through, totals, keys, _ = delta
-        held = self._applied.get(replica, 0)
-        if replica == self._own.replica or through <= held:
-            return HELD
-        if after > held:
-            return GAP
-        stream = self._streams.get(replica) or Stream(replica)
-        length, counters = len(stream), len(self._counters)
-        try:
-            rows, sequences, *changes = self._prepare_locked(stream, held, totals)
-            changes = zip(rows, sequences, *changes, strict=True)
-            conflicts = self._conflicts + self._prepare_keys_locked(replica, held, keys, now)
-            self._streams.setdefault(replica, stream)
-            self._applied.setdefault(replica, 0)
-            stream.log_touched(rows, sequences, held, through)
-        except BaseException:
-            if not held:
-                self._streams.pop(replica, None)
-                self._applied.pop(replica, None)
-            self._undo_locked(stream, held, length, counters)
-            raise
-        for row, sequence, total, number, value in changes:
-            stream.sequences[row], stream.totals[row], self._counters.values[number] = sequence, total, value
-        self._applied[replica], self._conflicts = through, conflicts
-        self._vector = None
-        self._waiters.wake(replica, through)
-        return APPLIED
-
-    def _prepare_locked(self, stream, held, totals):
-        """Make room for what is new in some totals; return of it the rows, sequences, totals, numbers and values."""
-        rows, sequences, sums, numbers, values = [], [], [], [], []
-        # A delta cut further back than `held` has entries that are held already.
-        for name, (sequence, total) in totals.items():
-            if sequence > held:
-                number = self._counters.numbers.get(name)
-                if number is None:
-                    number = self._create_locked(name)
-                row = stream.find(number)
-                if row < 0:
-                    row = stream.add(number)
-                rows.append(row)
-                sequences.append(sequence)
-                sums.append(total)
-                numbers.append(number)
-                values.append(self._counters.values[number] + total - stream.totals[row])
-        stream.make_room(sums)
-        return rows, sequences, sums, numbers, values
-
-    def _prepare_keys_locked(self, replica, held, keys, now):
-        """Remember the keys of a delta; return the digests of those that were used before."""
-        conflicts = []
-        for sequence, digest, name, amount, age_s, *renews in sorted(keys) if isinstance(keys, (tuple, list)) else keys:
-            if sequence > held:
-                use = Use(
-                    replica,
-                    sequence,
-                    int(digest, 16),
-                    self._counters.numbers[name],
-                    amount,
-                    now - age_s,
-                    *renews or ((),),
-                )
-                if self._keys.add(use):
-                    conflicts.append(use.digest)
-        return conflicts
 
     # The own id.
 
@@ -407,17 +300,9 @@ class Counter:
     def renew(self, replica):
         """Draw a new replica id if this one is the present one; return whether it was."""
         with self._lock:
-            own = self._own
-            if own.replica != replica:
+            if self.replica != replica:
                 return False  # another thread has done it
-            given_up, new = own.given_up(self.sequence), OwnStream(new_replica())
-            for number in range(len(self._counters)):
-                new.add(number)
-            self._applied[new.replica] = 0
-            self._streams[new.replica] = new
-            self._streams[replica], self._own = given_up, new
-            if not self._applied[replica]:
-                del self._applied[replica], self._streams[replica]
+            self._histories.renew()
             return True
 
 

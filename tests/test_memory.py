@@ -39,11 +39,11 @@ def fill_names(counter):
 
 
 def fill_log(counter):
-    counter._own.log = FullArray("I", counter._own.log)
+    counter._histories.own.log = FullArray("I", counter._histories.own.log)
 
 
 def fill_sequences(counter):
-    counter._own.sequences = FullArray("Q", counter._own.sequences)
+    counter._histories.own.sequences = FullArray("Q", counter._histories.own.sequences)
 
 
 @pytest.mark.parametrize("fill", [fill_names, fill_log, fill_sequences])

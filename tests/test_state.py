@@ -61,7 +61,8 @@ class Interruptible(dict):
 
 def interruptible(counter):
     """Return the counter, with state in which races show."""
-    counter._applied, counter._counters.numbers = Interruptible(counter._applied), Interruptible()
+    counter._applied = counter._histories.applied = Interruptible(counter._applied)
+    counter._counters.numbers = Interruptible()
     return counter
 
 

@@ -1,0 +1,143 @@
+"""The histories of all replicas as far as they are held, and the values of the counters they make up.
+
+Each change is made all at once or not at all: what allocates comes first, and what changes counts
+afterwards only replaces what is there.  When memory runs out, MemoryError is raised, and what was
+prepared is taken back.
+"""
+
+from counter.ids import new_replica
+from counter.keys import Use
+from counter.streams import OwnStream, Stream
+from counter.values import Values
+
+
+class TooManyCounters(Exception):
+    """A new counter would be one more than this node creates."""
+
+
+class Histories:
+    """What each replica counted; of this one, which counts under the id `replica`, all of it.
+
+    Not for several threads at once.  `keys` is the KeyTable in which uses of keys are remembered;
+    `counters_max` holds for what is counted here, not for what is merged.
+    """
+
+    def __init__(self, replica, keys, counters_max):
+        self._keys, self._counters_max = keys, counters_max
+        self.counters = Values()
+        self.own = OwnStream(replica)
+        self.streams = {replica: self.own}  # replica -> Stream
+        self.applied = {replica: 0}  # replica -> the sequence through which its history is held here
+        self.conflicts = []  # digests of keys with several uses, yet to be settled
+
+    def count(self, name, amount, use=None):
+        """Count; return (replica, sequence, value).  `use` is (digest, now, renewed dots) of a key that came with it.
+
+        Raises TooManyCounters, and then has changed nothing.
+        """
+        own, counters, values = self.own, self.counters, self.counters.values
+        number, known = counters.numbers.get(name), len(values)
+        if number is None:
+            if known >= self._counters_max:
+                raise TooManyCounters
+            number = self._create(name)
+        replica = own.replica
+        held = self.applied[replica]
+        try:
+            sequence, total, value = held + 1, own.totals[number] + amount, values[number] + amount
+            counted = replica, sequence, value
+            if use:
+                digest, now, renews = use
+                self._keys.add(Use(replica, sequence, digest, number, amount, now, renews))
+            if len(own.log) > own.log_max:
+                own.begin_log(held)
+            own.log.append(number)
+        except BaseException:
+            self._undo(own, held, known, known)
+            raise
+        own.totals[number], own.sequences[number] = total, sequence
+        values[number], self.applied[replica] = value, sequence
+        return counted
+
+    def _create(self, name):
+        """Return the number of a new counter."""
+        number = self.counters.create(name)
+        try:
+            self.own.add(number)
+        except BaseException:
+            self.counters.truncate(number)
+            raise
+        return number
+
+    def _undo(self, stream, held, rows, counters):
+        """Take back what was prepared: rows of a stream, uses of keys after `held`, and new counters."""
+        self._keys.drop_after(stream.replica, held)
+        stream.truncate(rows)
+        self.own.truncate(counters)
+        self.counters.truncate(counters)
+
+    def take(self, delta, now):
+        """Take over a delta of another replica that begins within what is held, and ends beyond it."""
+        replica, _, through, totals, keys, _ = delta
+        held = self.applied.get(replica, 0)
+        stream = self.streams.get(replica) or Stream(replica)
+        length, counters = len(stream), len(self.counters)
+        try:
+            rows, sequences, *changes = self._prepare(stream, held, totals)
+            changes = zip(rows, sequences, *changes, strict=True)
+            conflicts = self.conflicts + self._remember(replica, held, keys, now)
+            self.streams.setdefault(replica, stream)
+            self.applied.setdefault(replica, 0)
+            stream.log_touched(rows, sequences, held, through)
+        except BaseException:
+            if not held:
+                self.streams.pop(replica, None)
+                self.applied.pop(replica, None)
+            self._undo(stream, held, length, counters)
+            raise
+        for row, sequence, total, number, value in changes:
+            stream.sequences[row], stream.totals[row], self.counters.values[number] = sequence, total, value
+        self.applied[replica], self.conflicts = through, conflicts
+
+    def _prepare(self, stream, held, totals):
+        """Make room for what is new in some totals; return of it the rows, sequences, totals, numbers and values."""
+        rows, sequences, sums, numbers, values = [], [], [], [], []
+        # A delta cut further back than `held` has entries that are held already.
+        for name, (sequence, total) in totals.items():
+            if sequence > held:
+                number = self.counters.numbers.get(name)
+                if number is None:
+                    number = self._create(name)
+                row = stream.find(number)
+                if row < 0:
+                    row = stream.add(number)
+                rows.append(row)
+                sequences.append(sequence)
+                sums.append(total)
+                numbers.append(number)
+                values.append(self.counters.values[number] + total - stream.totals[row])
+        stream.make_room(sums)
+        return rows, sequences, sums, numbers, values
+
+    def _remember(self, replica, held, keys, now):
+        """Remember the keys of a delta; return the digests of those that were used before."""
+        used_before = []
+        for sequence, digest, name, amount, age_s, *renews in sorted(keys) if isinstance(keys, (tuple, list)) else keys:
+            if sequence > held:
+                number, renews = self.counters.numbers[name], renews[0] if renews else ()
+                use = Use(replica, sequence, int(digest, 16), number, amount, now - age_s, renews)
+                if self._keys.add(use):
+                    used_before.append(use.digest)
+        return used_before
+
+    def renew(self):
+        """Go on under a new replica id; what was counted so far is then the past of another replica."""
+        replica, new = self.own.replica, OwnStream(new_replica())
+        given_up = self.own.given_up(self.applied[replica])
+        for number in range(len(self.counters)):
+            new.add(number)
+        self.applied[new.replica] = 0
+        self.streams[new.replica] = new
+        self.streams[replica], self.own = given_up, new
+        if not self.applied[replica]:
+            del self.applied[replica], self.streams[replica]
