@@ -8,6 +8,7 @@ thousand.
 import heapq
 import itertools
 import random
+from collections import namedtuple
 
 from counter import Counter, cancelling_replica, new_replica
 from counter.confirmations import Confirmations
@@ -18,6 +19,9 @@ from peers import PeerTable
 
 INTERVAL_S, TIMEOUT_S = 1.0, 5.0  # the defaults of the command line
 READ_TIMEOUT_S = 1.0
+# An increment.  `key` is its own; within a batch it is (the batch's key, name).  A single one ends its batch.
+Entry = namedtuple("Entry", "name amount key ends_batch")
+
 SAMPLE = 397  # one message in so many is encoded for its size; prime, so that it stays out of step
 
 
@@ -39,6 +43,10 @@ class SimulatedNode:
     def increment(self, name, amount, key=None):
         increment(self.counter, self.network.log, name, amount, key, self.network.now)
         self.network.at(self.network.now, self, lambda: None)  # it sends after whatever it does
+
+    def increment_many(self, amounts, key=None):
+        increment_many(self.counter, self.network.log, amounts, key, self.network.now)
+        self.network.at(self.network.now, self, lambda: None)
 
     def sweep(self):
         now = self.network.now
@@ -83,7 +91,7 @@ class Network:
         self.nodes = {}  # address -> SimulatedNode
         self.names = {}  # name of a seed -> the addresses it resolves to; without, it is one itself
         self.cut = set()  # pairs of addresses between which nothing passes
-        self.log = {}  # (replica, sequence) -> (name, amount, key): all increments there ever were
+        self.log = {}  # (replica, sequence) -> Entry: all increments there ever were
         self.messages = self.bytes = 0  # sent so far; the bytes of the JSON alone, estimated
         self.false_removals = 0  # how often a live node within reach was taken for lost
         self._events, self._tie = [], itertools.count()
@@ -207,19 +215,32 @@ def increment(counter, log, name, amount, key, now):
         *dot, _ = counter.increment(name, amount)
     else:
         *dot, _, _ = counter.increment_once(key, name, amount, now)
-    log.setdefault(tuple(dot), (name, amount, key))
+    log.setdefault(tuple(dot), Entry(name, amount, key, True))
+
+
+def increment_many(counter, log, amounts, key, now):
+    """Increment by a batch, {name: amount}, with an idempotency key or with None, and write it into the log."""
+    if key is None:
+        replica, last, _ = counter.increment_many(amounts)
+    else:
+        replica, last, _, replayed = counter.increment_many_once(key, amounts, now)
+        if replayed:
+            return
+    for sequence, (name, amount) in enumerate(amounts.items(), last - len(amounts) + 1):
+        log[replica, sequence] = Entry(name, amount, key and (key, name), sequence == last)
 
 
 def check_prefixes(counter, log):
     """Assert that a counter is right, given all increments there ever were.
 
-    It holds of each replica exactly what that did up to its sequence; beyond that it holds
-    cancellations, just those of what was counted twice; and so it counts every key once.
+    It holds of each replica exactly what that did up to its sequence, which is never inside a batch;
+    beyond that it holds cancellations, just those of what was counted twice; and so it counts every key once.
     """
     vector = counter.vector()
+    assert all(log[dot].ends_batch for dot in vector.items() if dot in log)
     dots = sorted((dot, entry) for dot, entry in log.items() if dot[1] <= vector.get(dot[0], 0))
     totals, values, keys, cancelled = {}, {}, set(), {}
-    for (replica, sequence), (name, amount, key) in dots:
+    for (replica, sequence), (name, amount, key, _) in dots:
         mine = totals.setdefault(replica, {})
         mine[name] = (sequence, mine.get(name, (0, 0))[1] + amount)
         if key is not None and key in keys:

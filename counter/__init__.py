@@ -12,8 +12,8 @@ from counter.ids import (
     new_replica,
     parse_increment_id,
 )
-from counter.keys import TooManyKeys
-from counter.state import APPLIED, GAP, HELD, NEEDS, Counter, Delta, KeyReused
+from counter.keys import KeyReused, TooManyKeys
+from counter.state import APPLIED, GAP, HELD, NEEDS, Counter, Delta
 
 __version__ = "1.0.0"
 

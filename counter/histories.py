@@ -5,6 +5,9 @@ afterwards only replaces what is there.  When memory runs out, MemoryError is ra
 prepared is taken back.
 """
 
+from array import array
+from operator import add
+
 from counter.ids import new_replica
 from counter.keys import Use
 from counter.streams import OwnStream, Stream
@@ -57,6 +60,41 @@ class Histories:
             raise
         own.totals[number], own.sequences[number] = total, sequence
         values[number], self.applied[replica] = value, sequence
+        return counted
+
+    def count_many(self, amounts, uses=()):
+        """Count a batch, {name: amount}; return (replica, last sequence, {name: value}).
+
+        `uses` are of keys that came with each of its items, as for count(), or there are none.
+        Raises TooManyCounters, and then has changed nothing.
+        """
+        own, counters, values = self.own, self.counters, self.counters.values
+        replica, known = own.replica, len(values)
+        held = self.applied[replica]
+        new = [name for name in amounts if name not in counters.numbers]
+        if new and known + len(new) > self._counters_max:
+            raise TooManyCounters
+        try:
+            for name in new:
+                self._create(name)
+            numbers = list(map(counters.numbers.__getitem__, amounts))
+            totals = list(map(add, map(own.totals.__getitem__, numbers), amounts.values()))
+            sums = list(map(add, map(values.__getitem__, numbers), amounts.values()))
+            sequences = list(range(held + 1, held + 1 + len(numbers)))
+            changes = zip(numbers, sequences, totals, sums, strict=True)
+            counted = replica, sequences[-1], dict(zip(amounts, sums, strict=True))
+            for use, sequence, number, amount in zip(uses, sequences, numbers, amounts.values()):  # noqa: B905
+                digest, now, renews = use
+                self._keys.add(Use(replica, sequence, digest, number, amount, now, renews))
+            if len(own.log) > own.log_max:
+                own.begin_log(held)
+            own.log.extend(array("I", numbers))
+        except BaseException:
+            self._undo(own, held, known, known)
+            raise
+        for number, sequence, total, value in changes:
+            own.sequences[number], own.totals[number], values[number] = sequence, total, value
+        self.applied[replica] = sequence
         return counted
 
     def _create(self, name):

@@ -26,6 +26,10 @@ class TooManyKeys(Exception):
     """No further idempotency key can be remembered; the argument is for how many seconds."""
 
 
+class KeyReused(Exception):
+    """The idempotency key came before, with another counter or amount, or with another batch."""
+
+
 class _Columns:
     """Uses by one replica, by sequence, as columns: 44 bytes each and what tells the counter."""
 
@@ -189,20 +193,29 @@ class KeyTable:
 
     def known(self, digest, now):
         """Return the Use that a repetition of a key is answered with, or None; and the dots that a new use renews."""
+        if digest not in self._latest:
+            return None, ()
         uses, kept = self.uses(digest), self._kept if now <= self._kept_until else {}
         answering = (use for use in uses if use.at + self._window_s >= now or use.sequence <= kept.get(use.replica, 0))
         first = min(answering, default=None)
         return first, tuple((use.replica, use.sequence) for use in uses)
 
-    def make_room(self, now):
-        """Make room for a key to be accepted, or raise TooManyKeys."""
-        if len(self._latest) < self._keys_max:
-            return
-        log = min(self._logs.values(), key=lambda log: log.times[log.first])
-        until = max(log.times[log.first] + self._window_s, self._kept_until)
-        if until >= now:
-            raise TooManyKeys(until - now)
-        self._forget_first(log)  # it was remembered only to be renewed
+    def at(self, replica, sequence):
+        """Return the Use that is this dot, if it is remembered; else None."""
+        log = self._logs.get(replica)
+        row = log.find(sequence) if log else 0
+        return Use(replica, *log.row(row)) if log and row < len(log) and log.sequences[row] == sequence else None
+
+    def make_room(self, now, keys=1):
+        """Make room for so many keys to be accepted, or raise TooManyKeys."""
+        if keys > self._keys_max:
+            raise TooManyKeys(self._window_s)
+        while len(self._latest) + keys > self._keys_max:
+            log = min(self._logs.values(), key=lambda log: log.times[log.first])
+            until = max(log.times[log.first] + self._window_s, self._kept_until)
+            if until >= now:
+                raise TooManyKeys(until - now)
+            self._forget_first(log)  # it was remembered only to be renewed
 
     def add(self, use):
         """Remember a use, the latest of its replica; return whether there are others of its key.

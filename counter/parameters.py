@@ -10,6 +10,8 @@ from counter.ids import AMOUNT_MAX, NAME, parse_increment_id
 WAIT_DEFAULT_S, WAIT_MAX_S = 5.0, 60.0  # of ?timeout=
 COUNTS_MAX = 1000  # counters in one answer
 
+BATCH_MAX = 1000  # names in a batch
+
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,18})\Z", re.ASCII)
 _SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9})?\Z", re.ASCII)
 _PREFIX = re.compile(r"[A-Za-z0-9._:-]{0,128}\Z")
@@ -51,11 +53,8 @@ def checked_amount(amount):
 
 def body_amount(body, in_query):
     """Return the amount in a JSON body; without one there, that of the query (None: not given), or 1."""
-    try:
-        fields = json.loads(body.decode(), object_pairs_hook=_distinct)
-    except (ValueError, RecursionError):
-        raise Refused(400, 'the body must be JSON in UTF-8, such as {"amount": 5}, or empty') from None
-    if type(fields) is not dict or fields.keys() - {"amount"}:
+    fields = _fields(body, 'such as {"amount": 5}, or empty')
+    if fields.keys() - {"amount"}:
         raise Refused(400, 'the body must be a JSON object with no other field than "amount"')
     if not fields:
         return in_query or 1
@@ -64,11 +63,45 @@ def body_amount(body, in_query):
     return checked_amount(fields["amount"])
 
 
+def batch(body):
+    """Return the amounts in a JSON body, {name: amount}."""
+    amounts = _fields(body, 'such as {"visits": 1, "clicks": 3}')
+    if not 1 <= len(amounts) <= BATCH_MAX:
+        raise Refused(400, f"a batch has 1 to {BATCH_MAX:,} names, this one has {len(amounts):,}")
+    for name, amount in amounts.items():
+        if not NAME.match(name) or type(amount) is not int or not 0 < abs(amount) <= AMOUNT_MAX:
+            raise _bad_item(name, amount)
+    return amounts
+
+
+def _bad_item(name, amount):
+    try:
+        checked_name(name)
+        checked_amount(amount)
+    except Refused as refused:
+        shown = name if len(name) <= http1.NAMED_MAX else f"{name[: http1.NAMED_MAX]}…"
+        return Refused(400, f"{shown}: {refused.detail}")
+
+
+def _fields(body, example):
+    """Return the JSON object in a body as a dictionary."""
+    try:
+        fields = _JSON.decode(body.decode())
+    except (ValueError, RecursionError):
+        fields = None
+    if type(fields) is not dict:
+        raise Refused(400, f"the body must be a JSON object in UTF-8, {example}")
+    return fields
+
+
 def _distinct(pairs):
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise Refused(400, "a field of the JSON body is there more than once")
     return fields
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_distinct)
 
 
 def dot(text):

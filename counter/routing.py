@@ -14,7 +14,13 @@ from counter.ids import NAME
 from counter.lanes import QUICK, SLOW
 
 READ, ADD = "GET /count[/NAME] reads a counter", "POST /increment[/NAME] adds to a counter"
-INSTEAD = {"/increment": READ, "/count": ADD, "/counts": ADD}  # path -> what a wrong method most likely meant
+LOOK_UP = "GET /increments/ID tells whether an increment has arrived, GET /counts lists counters"
+INSTEAD = {
+    "/increment": READ,
+    "/increments": LOOK_UP,
+    "/count": ADD,
+    "/counts": ADD,
+}  # path -> what a wrong method most likely meant
 TRY = "try POST /increment[/NAME], GET /count[/NAME] and GET /peers"
 TYPED_MAX = 32  # characters of an unknown path that are compared with known ones
 SIMILAR = 0.5  # how much they must have in common: 0 is nothing, 1 is everything
@@ -61,22 +67,25 @@ def with_headers(inner, lines):
 
 
 class Router:
-    """A table of routes, {path: {method: route}}; a path that ends in /NAME stands for every last part.
+    """A table of routes, {path: {method: route}}; a path that ends in /NAME or /ID stands for every last part.
 
     GET serves HEAD as well.  The paths in `hidden` are never suggested.
     """
 
     def __init__(self, table, hidden=()):
-        self._exact = {path: routes for path, routes in table.items() if not path.endswith("/NAME")}
-        self._named = {path.removesuffix("NAME"): routes for path, routes in table.items() if path.endswith("/NAME")}
+        named = {path: routes for path, routes in table.items() if path.endswith(("/NAME", "/ID"))}
+        self._exact = {path: routes for path, routes in table.items() if path not in named}
+        self._named = {path[: path.rindex("/") + 1]: routes for path, routes in named.items()}
+        # Up to the last slash -> the path by which requests are counted.
+        self._counted = {path[: path.rindex("/") + 1]: path.removesuffix("/NAME") for path in named}
         self._known = {path.strip("/"): path for path in self._exact if path not in hidden}
 
     def path_of(self, path):
         """Return the path, one of few, by which requests to this path are counted: of the table, without /NAME."""
         if path in self._exact:
             return path
-        parent = path.rpartition("/")[0]
-        return parent if f"{parent}/" in self._named else metrics.OTHER
+        parent, slash, _ = path.rpartition("/")
+        return self._counted.get(parent + slash, metrics.OTHER)
 
     def action(self, head):
         """Return the action that answers a request; Refused if there is none."""
@@ -106,7 +115,7 @@ class Router:
         if first in ("decrement", "dec"):
             name = f"/{rest}" if NAME.match(rest) else ""
             return f"POST /increment{name}?amount=-1 decrements"
-        if "/" in rest and f"/{first}/" in self._named:
+        if "/" in rest and self._counted.get(f"/{first}/") == f"/{first}":
             return "a counter's name has no slash; use one of . _ : -"
         near = difflib.get_close_matches(first[:TYPED_MAX], self._known, n=1, cutoff=SIMILAR)
         return f"did you mean {self._spelled(self._known[near[0]])}?" if near else TRY
@@ -114,7 +123,7 @@ class Router:
     def _spelled(self, path):
         """Return how a path is used, as in POST /increment[/NAME]."""
         method = next(iter(self._exact[path]))
-        return f"{method} {path}" + ("[/NAME]" if f"{path}/" in self._named else "")
+        return f"{method} {path}" + ("[/NAME]" if self._counted.get(f"{path}/") == path else "")
 
 
 def _allowing(allowed):

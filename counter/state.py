@@ -20,9 +20,10 @@ from collections import namedtuple
 from contextlib import suppress
 from functools import partial
 
+from counter import batches
 from counter.cancellations import Cancellations
 from counter.histories import Histories
-from counter.ids import cancelling_replica, key_digest
+from counter.ids import cancelling_replica
 from counter.keys import PIECE, KeyTable, SentKeys
 from counter.waiting import Waiters
 
@@ -39,10 +40,6 @@ NEEDS = "needs"  # it cancels increments that are not both held
 #   requires: ((replica, sequence), …), the dots without which a cancellation must not be merged
 # Totals and keys may be columns instead, where there are many: counter.streams.Totals, counter.keys.KeyRecords.
 Delta = namedtuple("Delta", "replica after through totals keys requires", defaults=((), ()))
-
-
-class KeyReused(Exception):
-    """The idempotency key came before, with another counter or amount."""
 
 
 class Counter:
@@ -94,16 +91,47 @@ class Counter:
         Returns (replica, sequence, value, replayed) with the first dot of that key, as far as
         known here.  Raises KeyReused, TooManyKeys, TooManyCounters, and then has changed nothing.
         """
-        digest = int(key_digest(key), 16)
+        (digest,) = batches.key_digests(key, [name])
         with self._lock:
             self._keys.forget(now)
             first, renews = self._keys.known(digest, now)
             if first:
-                if (self._counters.names[first.counter], first.amount) != (name, amount):
-                    raise KeyReused
-                return first.replica, first.sequence, self._counters.values[first.counter], True
+                dot = batches.repeated(key, {name: amount}, [first], self._keys, self._counters)
+                return *dot, self._counters.get(name), True
             self._keys.make_room(now)
             counted = self._histories.count(name, amount, (digest, now, renews))
+            self._changed_locked(counted[0], counted[1])
+            return *counted, False
+
+    def increment_many(self, amounts):
+        """Count a batch, {name: amount}, all of it or nothing; return (replica, sequence, {name: value}).
+
+        Its increments have consecutive sequences, in the order given; the last one is returned.  No node
+        ever holds a part of them.  Raises TooManyCounters, and then has changed nothing.
+        """
+        with self._lock:
+            counted = self._histories.count_many(amounts)
+            self._changed_locked(counted[0], counted[1])
+            return counted
+
+    def increment_many_once(self, key, amounts, now):
+        """Count a batch unless it was counted under the same key, a string, before.
+
+        Returns (replica, sequence, {name: value}, replayed) with the last dot of the first batch under
+        that key, as far as known here.  Raises KeyReused, TooManyKeys, TooManyCounters, and then has
+        changed nothing.
+        """
+        digests = batches.key_digests(key, amounts)
+        with self._lock:
+            self._keys.forget(now)
+            known = [self._keys.known(digest, now) for digest in digests]
+            firsts = [first for first, _ in known]
+            if any(firsts):
+                dot = batches.repeated(key, amounts, firsts, self._keys, self._counters)
+                return *dot, {name: self._counters.get(name) for name in amounts}, True
+            self._keys.make_room(now, len(digests))
+            uses = [(digest, now, renews) for digest, (_, renews) in zip(digests, known, strict=True)]
+            counted = self._histories.count_many(amounts, uses)
             self._changed_locked(counted[0], counted[1])
             return *counted, False
 

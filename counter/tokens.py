@@ -146,9 +146,20 @@ class LimitedCounter:
             return self._counter.increment(name, amount)
 
     def increment_once(self, key, name, amount, now):
-        # No client can send a NUL, so keys of two clients are never the same.
         with self._usage.charged((name,), self._grant, self._clock()):
-            return self._counter.increment_once(f"{self._grant.client}\0\0{key}", name, amount, now)
+            return self._counter.increment_once(self._own(key), name, amount, now)
+
+    def increment_many(self, amounts):
+        with self._usage.charged(amounts, self._grant, self._clock()):
+            return self._counter.increment_many(amounts)
+
+    def increment_many_once(self, key, amounts, now):
+        with self._usage.charged(amounts, self._grant, self._clock()):
+            return self._counter.increment_many_once(self._own(key), amounts, now)
+
+    def _own(self, key):
+        # No client can send a NUL, so keys of two clients are never the same.
+        return f"{self._grant.client}\0\0{key}"
 
 
 class _Usage:

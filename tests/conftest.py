@@ -184,6 +184,15 @@ def connect():
         yield lambda node: stack.enter_context(contextlib.closing(Client(node)))
 
 
+@pytest.fixture
+def tiny_switch_interval():
+    """Let threads be interrupted nearly everywhere."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
 def require_tools(*names):
     """Skip the test where one of these programs is missing; where CI is set, which installs them, fail."""
     missing = [name for name in names if not shutil.which(name)]

@@ -52,6 +52,8 @@ OPERATIONS = {
     "a key is new": lambda counter: counter.increment_once("k", "n1", 10**6, 0),
     "a key and its counter are new": lambda counter: counter.increment_once("k", "new", 10**6, 0),
     "a key is used anew": lambda counter: counter.increment_once("mine", "x", 5, 61),
+    "a batch": lambda counter: counter.increment_many({"n1": 10**6, "a1": 2**40, "new": 1, "n2": -1, "newer": 1}),
+    "a batch has a key": lambda counter: counter.increment_many_once("k", {"n1": 10**6, "a1": 2**40, "new": 1}, 0),
     "a replica is new": merging(C, 0, [f"c{number}" for number in range(40)], (1, "k1", "c0", 1), (3, "k2", "c2", 1)),
     "a replica counted on": merging(A, 40, ["a1", "n1", "new", "a2"], (42, "k", "n1", 1)),
     "a total exceeds 64 bits": lambda counter: counter.merge(Delta(A, 40, 41, {"a1": (41, 2**70)}), 1),

@@ -557,7 +557,18 @@ def test_a_node_whose_seeds_are_silent_is_alive_but_not_ready(start_local, conne
 
 @pytest.mark.parametrize(
     "path",
-    ["/nowhere", "//", "/count/a/b", "//count", "/Count", "/counter", "/increments", "/peers/", "/internal", "count"],
+    [
+        "/nowhere",
+        "//",
+        "/count/a/b",
+        "//count",
+        "/Count",
+        "/counter",
+        "/increments/a/b",
+        "/peers/",
+        "/internal",
+        "count",
+    ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
 def test_an_unknown_path_is_404(client, path, method):
@@ -622,6 +633,7 @@ PATHS = [
     (wire.PATH, {"POST", "OPTIONS"}),
     ("/count", {"GET", "HEAD", "OPTIONS"}),
     ("/count/x", {"GET", "HEAD", "OPTIONS"}),
+    ("/increments", {"POST", "OPTIONS"}),
     ("/increments/x", {"GET", "HEAD", "OPTIONS"}),
     ("/peers", {"GET", "HEAD", "OPTIONS"}),
     ("/healthz", {"GET", "HEAD", "OPTIONS"}),
@@ -666,6 +678,8 @@ def test_a_query_that_means_nothing_is_refused(client, path):
         ("HEAD", "/count/x", QUICK),
         ("GET", f"/count?after={NOBODYS_ID}", WAITS),
         ("GET", f"/increments/{NOBODYS_ID}", QUICK),
+        ("POST", "/increments", QUICK),
+        ("POST", "/increments?acks=1", WAITS),
         ("GET", "/healthz", QUICK),
         ("GET", "/readyz", QUICK),
         ("OPTIONS", "/count", QUICK),

@@ -112,11 +112,13 @@ def test_every_request_is_counted_by_route_and_status(connect):
     for _ in range(5):
         ask(connection, "POST", "/increment/y?acks=1")
         ask(connection, "OPTIONS", "/increment")
+    ask(connection, "POST", "/increments")
     found = scrape(connection)
     assert requests_to(found, "/count", "200") == 200
     assert requests_to(found, "/count", "400") == 1
     assert requests_to(found, "other", "404") == 1
-    assert requests_to(found, "/increments", "404") == 1
+    assert requests_to(found, "/increments", "400") == 1
+    assert requests_to(found, "/increments/ID", "404") == 1
     assert requests_to(found, "/increment", "200") == 5
     assert requests_to(found, "/increment", "204") == 5
     assert requests_to(found, "/metrics", "200") == 0  # this one is answered before it is counted
@@ -133,8 +135,8 @@ def test_a_repeated_request_is_counted_by_its_own_status(node, connect, monkeypa
     monkeypatch.setattr(node.counter, "holds", lambda replica, sequence: False)
     assert [ask(connection, "GET", path, **headers)[0].status for _ in range(2)] == [404, 404]
     found = scrape(connection)
-    assert requests_to(found, "/increments", "404") == 5
-    assert requests_to(found, "/increments", "200") == 3
+    assert requests_to(found, "/increments/ID", "404") == 5
+    assert requests_to(found, "/increments/ID", "200") == 3
 
 
 def test_a_bug_is_counted_as_500(node, connect, monkeypatch, caplog):

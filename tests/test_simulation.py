@@ -6,7 +6,7 @@ import random
 import pytest
 from coverage import Coverage
 from halves import with_more
-from simulation import TIMEOUT_S, Network, check_prefixes, increment
+from simulation import TIMEOUT_S, Network, check_prefixes, increment, increment_many
 
 from counter import Counter, new_replica
 from counter.wire import decode
@@ -25,6 +25,20 @@ def untraced():
         coverage.start()
 
 
+def an_amount(rng):
+    return rng.choice("abcdef"), rng.choice((-3, -1, 1, 2, 5))
+
+
+def some_amounts(rng):
+    return {name: rng.choice((-3, -1, 1, 2, 5)) for name in rng.sample("abcdef", rng.randint(1, 5))}
+
+
+def payload(rng, payloads, key, draw):
+    """Return what to count: of a key always the same, else what is drawn."""
+    drawn = draw(rng)
+    return drawn if key is None else payloads.setdefault(key, drawn)
+
+
 @pytest.mark.parametrize("block", range(10))
 def test_any_order_of_deltas_leads_to_the_same_exact_counts(block):
     """Deltas lost, repeated, late, or cut too far back or ahead, crashes, one key at several nodes:
@@ -36,11 +50,13 @@ def test_any_order_of_deltas_leads_to_the_same_exact_counts(block):
         for _ in range(250):
             dice = rng.random()
             if dice < 0.4:
-                payload, key = (rng.choice("abcdef"), rng.choice((-3, -1, 1, 2, 5))), None
-                if rng.random() < 0.4:
-                    key = f"key-{rng.randrange(20)}"
-                    payload = payloads.setdefault(key, payload)
-                increment(rng.choice(counters), log, *payload, key, 0)
+                counter, key = rng.choice(counters), rng.choice((None, None, None, "key-", "batch-"))
+                if key:
+                    key += str(rng.randrange(20))
+                if (key is None and rng.random() < 0.2) or (key and key.startswith("batch")):
+                    increment_many(counter, log, payload(rng, payloads, key, some_amounts), key, 0)
+                else:
+                    increment(counter, log, *payload(rng, payloads, key, an_amount), key, 0)
             elif dice < 0.7:
                 sender, receiver = rng.sample(counters, 2)
                 for replica, held in sender.vector().items():
@@ -85,11 +101,11 @@ def test_all_nodes_agree_whatever_the_network_did(seed):
         elif dice < 0.6:
             rng.choice(network.alive()).paused_until = network.now + rng.uniform(0, 2 * TIMEOUT_S)
         for _ in range(rng.randrange(30)):
-            payload, key = (rng.choice("abc"), rng.choice((-2, 1, 1, 7))), None
+            key = f"key-{rng.randrange(20)}" if rng.random() < 0.2 else None
+            rng.choice(network.alive()).increment(*payload(rng, payloads, key, an_amount), key)
             if rng.random() < 0.2:
-                key = f"key-{rng.randrange(20)}"
-                payload = payloads.setdefault(key, payload)
-            rng.choice(network.alive()).increment(*payload, key)
+                key = rng.choice((None, f"batch-{rng.randrange(20)}"))
+                rng.choice(network.alive()).increment_many(payload(rng, payloads, key, some_amounts), key)
             network.run(rng.expovariate(20))
         network.run(rng.uniform(0, 2))
         network.check()

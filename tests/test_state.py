@@ -1,7 +1,6 @@
 """The replicated state by itself: ids, deltas, merging, waiting, races."""
 
 import random
-import sys
 import threading
 import time
 import uuid
@@ -33,15 +32,6 @@ from counter.keys import KeyRecords
 from counter.streams import Totals
 
 A, B, C = (f"{letter * 8}-{letter * 4}-8{letter * 3}" for letter in "abc")
-
-
-@pytest.fixture
-def tiny_switch_interval():
-    """Let threads be interrupted nearly everywhere."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 class Interruptible(dict):

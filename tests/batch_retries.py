@@ -1,0 +1,85 @@
+"""Batches whose answers get lost, retried under their keys at nodes that cannot talk, at a real cluster.
+
+python tests/batch_retries.py --batches 200 --names 1000
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import socket
+import time
+
+from conftest import wait_until
+from faults import BadNetwork
+
+SIZE = 3
+
+
+def send_and_lose_the_answer(node, headers, body):
+    """Send a batch and hang up before the answer can arrive; return once it was counted."""
+    before = counted(node)
+    lines = [f"{name}: {value}" for name, value in {"Host": "x", "Content-Length": len(body), **headers}.items()]
+    head = "\r\n".join(["POST /increments HTTP/1.1", *lines, "", ""])
+    with contextlib.closing(socket.create_connection(("127.0.0.1", node.port), timeout=10)) as sock:
+        sock.sendall(head.encode() + body)
+    wait_until(lambda: counted(node) > before)
+
+
+def counted(node):
+    """Return how many increments a node has accepted."""
+    lines = node.ask("GET", "/metrics").body.decode().splitlines()
+    return float(next(line for line in lines if line.startswith("counter_increments_total ")).split()[1])
+
+
+def counts(node):
+    found, start = {}, ""
+    while start is not None:
+        page = node.get(f"/counts?limit=1000{start and '&start='}{start}")
+        found |= page["counts"]
+        start = page["next"]
+    return found
+
+
+def run(batches, names, seed=1):
+    """Lose the answer to so many batches of so many names, each in a partition; return a summary.
+
+    AssertionError if an item counts other than once in the end.
+    """
+    rng, network, started = random.Random(seed), BadNetwork(SIZE, seed), time.monotonic()
+    expected, peak = {}, 0
+    try:
+        for position in range(SIZE):
+            network.start(position, "--max-counters", "1000000", "--retry-backoff-max", "0.2")
+        wait_until(lambda: all(len(node.peers()) == SIZE - 1 for node in network.nodes))
+        for number in range(batches):
+            amounts = {f"c{name}": rng.choice((-2, 1, 3)) for name in rng.sample(range(2 * names), names)}
+            headers, body = {"Idempotency-Key": f"batch-{number}"}, json.dumps(amounts).encode()
+            first, second, third = rng.sample(range(SIZE), SIZE)
+            network.split([first], [second, third])
+            send_and_lose_the_answer(network.nodes[first], headers, body)
+            answer = network.nodes[second].ask("POST", "/increments", body, headers)
+            assert (answer.status, "Idempotent-Replayed" in answer.headers) == (200, False), answer.body
+            for name, amount in amounts.items():
+                expected[name] = expected.get(name, 0) + amount
+            network.heal()
+            healed = time.monotonic()
+            wait_until(lambda: all(counts(node) == expected for node in network.nodes), 60)
+            peak = max(peak, time.monotonic() - healed)
+            answer = network.nodes[third].ask("POST", "/increments", body, headers)
+            assert answer.headers["Idempotent-Replayed"] == "true", answer.body
+        assert all(counts(node) == expected for node in network.nodes)
+        return (
+            f"{batches} batches of {names} names: exact after {peak:.1f} s at most; {time.monotonic() - started:.0f} s"
+        )
+    finally:
+        network.close()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, default=200)
+    parser.add_argument("--names", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    print(run(options.batches, options.names, options.seed))
