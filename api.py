@@ -55,7 +55,7 @@ class Api:
         self._store, self._fsync = store, config.fsync  # the store is None without --data
         self._counter, self._table, self._gossip = counter, table, gossip
         self._replicator, self._signer, self._server = replicator, signer, server
-        self._readiness = readiness  # () -> (ready, alone)
+        self._readiness = readiness  # () -> (ready, alone, what the node waits for)
         self._tokens = tokens  # Tokens, or None: every client may do anything
         self._started, self._started_at = time.monotonic(), time.time()
         routes = {
@@ -315,9 +315,9 @@ class Api:
         def readiness(_body, _connection):
             if self._server.stopping:
                 raise unavailable(STOPPING)
-            ready, alone = self._readiness()
+            ready, alone, waits_for = self._readiness()
             if not ready:
-                raise unavailable("this node has not yet caught up with any of its peers")
+                raise unavailable(f"this node is not ready: it waits for {waits_for}")
             data = {"data": "ok" if self._store.status().ok else "failing"} if self._store else {}
             return _json({"status": "ready", "alone": alone, **data})
 

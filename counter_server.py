@@ -34,6 +34,7 @@ from counter.addresses import join_address
 from counter.config import parse_arguments
 from counter.confirmations import Confirmations
 from counter.datafile import DataFileError
+from counter.joining import Joining
 from counter.links import DOUBTFUL_MAX, Links
 from counter.serving import Server, provide_descriptors
 from counter.store import Store
@@ -60,8 +61,6 @@ class Node:
 
     def __init__(self, config):
         self.config = config
-        self._started = time.monotonic()
-        self._ready = False  # once it is ready, a node stays so
         self.counter = Counter(
             new_replica(), config.max_counters, config.max_idempotency_keys, config.idempotency_window
         )
@@ -90,7 +89,8 @@ class Node:
         )
         confirmations = Confirmations()
         links = Links(self.counter, confirmations, config.retry_backoff, config.retry_backoff_max)
-        self.gossip = Gossip(self.counter, self.table, links, confirmations, config.fanout)
+        self.joining = Joining(bool(config.peers), config.join_timeout)
+        self.gossip = Gossip(self.counter, self.table, links, confirmations, self.joining, config.fanout)
         workers = config.retry_workers + DOUBTFUL_MAX
         self.replicator = Replicator(
             self.gossip, links, self.table, self.signer, self.port, workers, config.peer_timeout
@@ -183,11 +183,8 @@ class Node:
             self.store.stop_waiting()
 
     def readiness(self):
-        """Return (ready, alone): whether this node has caught up with a peer, or has none to expect."""
-        alone = not self.table.active()
-        waited = time.monotonic() - self._started > self.config.join_timeout
-        self._ready = self._ready or self.gossip.caught_up or (alone and (waited or not self.config.peers))
-        return self._ready, alone
+        """Return (ready, alone, what this node waits for): alone is who has never heard of another node."""
+        return self.joining.ready, not self.table.has_heard_of_peers, self.joining.waits_for
 
 
 def main(arguments=None):

@@ -28,25 +28,31 @@ class Gossip:
     Threads may call anything at any time.  At most `push_fanout` active peers get increments at once.
     """
 
-    def __init__(self, counter, table, links, confirmations, push_fanout):
-        self._counter, self._table, self._links, self._confirmations = counter, table, links, confirmations
+    def __init__(self, counter, table, links, confirmations, joining, push_fanout):
+        self._counter, self._table, self._links = counter, table, links
+        self._confirmations, self._joining = confirmations, joining
         self._push_fanout = push_fanout
         # Guards the number.  Never held together with another.
         self._lock = threading.Lock()
         self._number = 0  # of the latest request
         self._numbers = Numbers()  # of the requests that came
         self._hashed = (None, None)  # a vector and its hash, the last one that was needed
-        self._caught_up = False  # everything that some peer held was held here, at least once
-
-    @property
-    def caught_up(self):
-        return self._caught_up
+        self._say_if_ready()
 
     def swept(self, addresses, seeds, now):
         """Do what a sweep asks for: send heartbeats to those addresses, and resolve the names of those seeds."""
         self._links.send_heartbeats(addresses, seeds, now)
         self._follow_membership(now)
         self._counter.expire(now)
+        if not self._joining.ready:
+            refusals = self._links.refusals(self._table.seed_addresses())
+            own, mine = self._counter.replica, self._counter.vector()
+            self._joining.look(now, own, mine, self._table.present(), refusals)
+            self._say_if_ready()
+
+    def _say_if_ready(self):
+        if self._joining.ready:
+            self._table.become_ready()
 
     def _follow_membership(self, now):
         """Choose whom to push to, and forget what is not needed any more."""
@@ -54,6 +60,11 @@ class Gossip:
         self._links.push_to(chosen, now)
         lost = {peer.id for peer in self._table.snapshot(now) if peer.state == LOST}
         self._confirmations.forget_idle(now - LINK_IDLE_S, lost | self._links.push_peers())
+
+    def _heard_vector(self, sender, vector, mine):
+        if not self._joining.ready:
+            self._joining.heard(sender.id, sender.ready, vector, mine)
+            self._say_if_ready()
 
     # A message to another node, and its answer.
 
@@ -109,7 +120,8 @@ class Gossip:
             self._confirmations.knows_of_leaving(peer)
         if request.applied is not None:
             self._confirmations.agreed = link.agreed = confirmed == request.applied
-            self._caught_up = self._caught_up or (peer != own and not lacks(mine, confirmed))
+            if peer != own:
+                self._heard_vector(answer.sender, confirmed, mine)
         again = hold = False
         if peer != own:
             progressed = merged or confirmed != before or request.hash is not None
@@ -170,7 +182,7 @@ class Gossip:
         vector = mine if message.hash is not None and message.hash == self._hash(mine) else message.applied
         if vector is not None and id != replica:
             self._confirmations.confirm(id, vector, now)
-            self._caught_up = self._caught_up or not lacks(mine, vector)
+            self._heard_vector(message.sender, vector, mine)
         if compares and message.sender.address:
             self._links.heard_from(message.sender.address)
         self._membership_changed(contact, changes, now)

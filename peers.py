@@ -68,7 +68,8 @@ class PeerTable:
         self._fanout, self._rng = fanout, rng
         # Guards everything below.  Held for dictionary work only, never together with another.
         self._lock = threading.Lock()
-        self._id, self._address, self._beat, self._leaving = replica, address, 0, False
+        self._id, self._address, self._beat = replica, address, 0
+        self._leaving = self._ready = False
         self._roster = Roster()
         self._shown = 0  # the index in roster.active at which the next view goes on
         self._recent_contacts = deque(maxlen=RECENT_MAX)  # the peers that were met directly, the latest last
@@ -92,6 +93,11 @@ class PeerTable:
             self._roster.bury(self._id, self._beat)
             self._id = replica
 
+    def become_ready(self):
+        """Say from now on, in every message, that this node is ready."""
+        with self._lock:
+            self._ready = True
+
     def leave(self):
         """Say from now on, in every message, that this node is leaving."""
         with self._lock:
@@ -110,7 +116,7 @@ class PeerTable:
             return self._sender_locked()
 
     def _sender_locked(self):
-        return Sender(self._id, self._address, self._beat, self._leaving, __version__)
+        return Sender(self._id, self._address, self._beat, self._leaving, __version__, self._ready)
 
     def _shown_locked(self):
         """Return what a message says of the active peers: of all, or of some.
@@ -135,6 +141,22 @@ class PeerTable:
         """Return [(id, address)] of the active peers."""
         with self._lock:
             return [peer.entry[:2] for peer in self._roster.active]
+
+    @property
+    def has_heard_of_peers(self):
+        """Whether this node has ever heard of any other, be it through gossip."""
+        return self._roster.has_had_peers
+
+    def present(self):
+        """Return the ids of the peers that somebody has heard of lately, save those that claim the own address."""
+        with self._lock:
+            peers = self._roster.peers.values()
+            return [peer.id for peer in peers if peer.state != LOST and peer.address != self._address]
+
+    def seed_addresses(self):
+        """Return all addresses that the seeds last resolved to."""
+        with self._lock:
+            return self._seeds.addresses()
 
     def choose(self, kept, most):
         """Return the addresses of that many active peers: those of `kept` that are, then random ones."""
@@ -178,7 +200,8 @@ class PeerTable:
             self._departures = {id: (beat, until) for id, (beat, until) in self._departures.items() if now < until}
             probes = self._probes_locked(now)
             heartbeats = self._heartbeats_locked(silent, len(probes))
-            seeds = self._seeds.due(now, self._interval_s, self._rng, self._is_found_locked)
+            eager = not self._ready  # it has to find those that hold the counts before the join timeout
+            seeds = self._seeds.due(now, self._interval_s, self._rng, self._is_found_locked, eager)
             return Sweep(heartbeats + probes, seeds, changes)
 
     def _drop_silent_locked(self, now):

@@ -26,11 +26,13 @@ import urllib3
 from requests.adapters import HTTPAdapter
 
 from counter.addresses import join_address, split_address
+from counter.links import PeerRefuses
 from counter.wire import BODY_MAX, BODY_UNPROVEN, LENGTH_SIGNATURE, PATH, SIGNATURE, decode, encode, same_signature
 
 log = logging.getLogger("counter.replication")
 
 CONNECT_TIMEOUT_S = 1.0
+REFUSALS = (400, 401, 403)  # what a node answers to messages that it will never take
 ANSWER_TIMEOUT_S = 30.0  # for a whole answer, however slowly it trickles in
 PATIENCE_DOUBLINGS = 3  # how often the time an answer may take doubles with further failures
 SLOWEST_LINK = 100_000  # bytes per second for which a long message is given time
@@ -146,7 +148,7 @@ class Replicator:
         hosts = dict.fromkeys(info[4][0] for info in found)
         addresses = [join_address(host, port) for host in hosts if "%" not in host]
         self._links.released(link)
-        self._links.compare_soon(self._table.resolved(link.address, addresses), self._clock())
+        self._links.send_heartbeats(self._table.resolved(link.address, addresses), [], self._clock())
 
     def _exchange(self, link):
         deltas = 0
@@ -199,7 +201,8 @@ class Replicator:
                 if len(answer) > BODY_MAX or self._clock() > deadline:
                     raise ValueError("the answer is too long, or takes too long")
             if response.status_code != 200:
-                raise ValueError(f"answered {response.status_code}: {bytes(answer[:200])!r}")
+                kind = PeerRefuses if response.status_code in REFUSALS else ValueError
+                raise kind(f"answered {response.status_code}: {bytes(answer[:200])!r}")
             if not same_signature(response.headers.get(SIGNATURE, ""), self._signer.answer(signature, answer)):
                 raise ValueError("the answer's signature is wrong: another --cluster or --secret-file?")
             return answer

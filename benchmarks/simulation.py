@@ -12,12 +12,13 @@ from collections import namedtuple
 
 from counter import Counter, cancelling_replica, new_replica
 from counter.confirmations import Confirmations
+from counter.joining import Joining
 from counter.links import Links
 from counter.wire import decode, encode
 from gossip import Gossip
 from peers import PeerTable
 
-INTERVAL_S, TIMEOUT_S = 1.0, 5.0  # the defaults of the command line
+INTERVAL_S, TIMEOUT_S, JOIN_TIMEOUT_S = 1.0, 5.0, 10.0  # the defaults of the command line
 READ_TIMEOUT_S = 1.0
 # An increment.  `key` is its own; within a batch it is (the batch's key, name).  A single one ends its batch.
 Entry = namedtuple("Entry", "name amount key ends_batch")
@@ -37,7 +38,8 @@ class SimulatedNode:
         self.table = PeerTable(self.counter.replica, address, seeds, INTERVAL_S, TIMEOUT_S, fanout=8, rng=rng)
         confirmations = Confirmations()
         self.links = Links(self.counter, confirmations, 0.1, 10.0, rng=rng)
-        self.gossip = Gossip(self.counter, self.table, self.links, confirmations, push_fanout=8)
+        self.joining = Joining(bool(seeds), JOIN_TIMEOUT_S)
+        self.gossip = Gossip(self.counter, self.table, self.links, confirmations, self.joining, push_fanout=8)
         network.at(network.now, self, self.sweep)
 
     def increment(self, name, amount, key=None):
@@ -63,7 +65,7 @@ class SimulatedNode:
             if link.is_seed:
                 self.links.released(link)
                 found = self.network.names.get(link.address, [link.address])
-                self.links.compare_soon(self.table.resolved(link.address, found), now)
+                self.links.send_heartbeats(self.table.resolved(link.address, found), [], now)
             elif request := self.gossip.request(link, now):
                 self.network.exchange(self, link, request)
             else:

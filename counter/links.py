@@ -37,6 +37,10 @@ def cause(error):
     return error if inner is None else cause(inner)
 
 
+class PeerRefuses(ValueError):
+    """A node answers, but does not want to know this one: it has another secret, say, or is of another cluster."""
+
+
 class Link:
     """What is known of sending to one address.  Its `session` belongs to the worker that has it in flight."""
 
@@ -48,6 +52,7 @@ class Link:
         self.last_sent_at = -NEVER
         self.pushed_at = -NEVER  # when increments were last pushed, and nothing else was sent
         self.failures = 0  # sends in a row that got no good answer; the first was logged
+        self.refusal = None  # why a node there refuses this one, until it gives a good answer
         self.retry_at = -NEVER  # no push before that; NEVER: until a heartbeat is answered
         self.peer = None  # the replica id that answered last
         self.has_called = False  # a peer that says it is there has sent something by itself
@@ -128,7 +133,7 @@ class Links:
             # In a large cluster most peers are contacted rarely: a connection kept for each would
             # grow with the square of the cluster.
             for link in list(self._links.values()):
-                used = link in self._push_links or link in self._scheduled or link.in_flight
+                used = link in self._push_links or link in self._scheduled or link.in_flight or link.refusal
                 if not used and now - link.last_sent_at > LINK_IDLE_S:
                     del self._links[link.address]
             self._due_changed.notify()  # the new ones may lack something
@@ -139,6 +144,12 @@ class Links:
             link = self._link_locked(address)
             link.retry_at, link.has_called = -NEVER, True
             self._due_changed.notify()
+
+    def refusals(self, addresses):
+        """Return {address: why} of those of some addresses where a node refuses this one."""
+        with self._lock:
+            links = [self._links[address] for address in addresses if address in self._links]
+            return {link.address: link.refusal for link in links if link.refusal}
 
     def is_failing(self, address):
         """Return whether the last send to an address got no good answer."""
@@ -265,7 +276,7 @@ class Links:
         to it before it has answered a heartbeat.
         """
         with self._lock:
-            recovered, link.failures = link.failures > 0, 0
+            recovered, link.failures, link.refusal = link.failures > 0, 0, None
             link.retry_at = NEVER if hold else -NEVER
             link.peer = peer
             self._release_locked(link)
@@ -293,6 +304,8 @@ class Links:
         with self._lock:
             link.failures += 1
             first = link.failures == 1
+            if isinstance(error, PeerRefuses):
+                link.refusal = str(error)
             link.retry_at = now + backoff_s(link.failures, self._backoff_s, self._backoff_max_s, self._rng)
             self._unschedule_locked(link)
             if link in self._push_links:  # others are tried again by the sweeps alone

@@ -47,8 +47,12 @@ class Seeds:
         if name in self._seeds:
             self._seeds[name].addresses = tuple(addresses)
 
-    def due(self, now, interval_s, rng, is_found):
-        """Return the names to resolve now.
+    def addresses(self):
+        """Return all that the names of the seeds last resolved to."""
+        return [address for seed in self._seeds.values() for address in seed.addresses]
+
+    def due(self, now, interval_s, rng, is_found, eager):
+        """Return the names to resolve now; every time where `eager`.
 
         `is_found(addresses)` is whether an active peer answered at one of them.  Such a seed is
         resolved again from time to time: its name may lead to other nodes as well, which this node
@@ -59,6 +63,8 @@ class Seeds:
             if is_found(seed.addresses):
                 seed.probe.reset()
                 is_due = now - seed.resolved_at >= RESOLVE_INTERVAL_S
+            elif eager:
+                is_due = True
             else:
                 is_due = seed.probe.take(now, interval_s, rng)
             if is_due:

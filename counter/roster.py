@@ -55,11 +55,13 @@ class Roster:
         self.active = []  # the active ones of them in any order, so that some can be picked without a scan
         self.owners = {}  # address -> id
         self.tombstones = OrderedDict()  # id -> beat
+        self.has_had_peers = False
         self._ids_at = {}  # address -> {id: None}, of the peers said to be there
 
     def add(self, id, address, beat, now):
         """Add a peer, unverified, and return it."""
         self.tombstones.pop(id, None)
+        self.has_had_peers = True
         peer = self.peers[id] = Peer(id, address, beat, now)
         self._ids_at.setdefault(address, {})[id] = None
         return peer

@@ -31,8 +31,9 @@ AGE_MAX_S = 1e9
 _DIGEST = re.compile("[0-9a-f]{32}\\Z")
 _WORD = re.compile("[!-~]{1,64}\\Z")
 
-# address: None while it is unknown; version: that of its program, None from nodes that do not say it
-Sender = namedtuple("Sender", "id address beat leaving version", defaults=(None,))
+# address: None while it is unknown; version: that of its program, None from nodes that do not say it;
+# ready: clients may rely on what it counts
+Sender = namedtuple("Sender", "id address beat leaving version ready", defaults=(None, False))
 View = namedtuple("View", "peers left")  # peers: [(id, address, beat)], left: [(id, its last beat)]
 # A request or its answer.  `applied` is the complete vector of the sender; where there is a
 # `hash`, that alone travels for it; a mere push has neither, and no view.  Two parts answer
@@ -167,7 +168,7 @@ def _checked(message):
     _require(to is None or REPLICA.match(to), "whom it is for")
     _require(number is None or _is_int(number, 0, NUMBER_MAX), "a number")
     _require(_is_int(v, 0, SEQUENCE_MAX), "a version")
-    _require(REPLICA.match(sender.id) and type(sender.leaving) is bool, "its sender")
+    _require(REPLICA.match(sender.id) and type(sender.leaving) is type(sender.ready) is bool, "its sender")
     _require(_is_int(sender.beat, 0, BEAT_MAX), "a beat")
     _require(sender.version is None or _WORD.match(sender.version), "its program's version")
     sender = sender._replace(address=None if sender.address is None else parse_address(sender.address))

@@ -5,6 +5,7 @@ import random
 
 from counter import REPLICA, Counter
 from counter.confirmations import Confirmations
+from counter.joining import Joining
 from counter.links import Links
 from counter.wire import Message, Sender, View, decode, encode
 from gossip import Gossip
@@ -19,13 +20,14 @@ A_SENDS = Sender(A, AT_A, 1, False)
 class Half:
     """One node without threads: what Node wires together."""
 
-    def __init__(self, replica=ME, address=AT_ME, push_fanout=8, doubtful_max=2):
+    def __init__(self, replica=ME, address=AT_ME, push_fanout=8, doubtful_max=2, has_seeds=False):
         rng = random.Random(1)
         self.counter = Counter(replica)
         self.table = PeerTable(replica, address, [], 1.0, 5.0, 8, rng)
         self.confirmations = Confirmations()
         self.links = Links(self.counter, self.confirmations, 0.1, 10.0, doubtful_max, rng)
-        self.gossip = Gossip(self.counter, self.table, self.links, self.confirmations, push_fanout)
+        self.joining = Joining(has_seeds, 10.0)
+        self.gossip = Gossip(self.counter, self.table, self.links, self.confirmations, self.joining, push_fanout)
         self._numbers = itertools.count(1)
 
     def meet(self, address=AT_A, id=A, applied=None, now=0.0):

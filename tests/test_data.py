@@ -443,5 +443,5 @@ def test_a_node_with_a_file_and_seeds_is_ready_once_it_has_caught_up(start_node,
     node = start_node("--data", path, "--join-timeout", "60", "--peers", "127.0.0.1:1")
     assert node.count() == 1
     assert node.ask("GET", "/readyz").status == 503
-    start_node(peers=[node])
+    start_node("--join-timeout", "0.2", peers=[node])
     wait_until(lambda: node.ask("GET", "/readyz").status == 200)

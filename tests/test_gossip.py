@@ -230,39 +230,39 @@ def test_only_some_peers_are_told_of_an_increment_at_once():
 
 
 def test_joining_with_full_catch_up_is_one_round_trip():
-    old, new = Half(A, AT_A), Half()
+    old, new = Half(A, AT_A), Half(has_seeds=True)
     for number in range(100):
         old.counter.increment(f"counter-{number}")
     new.links.compare_soon([AT_A], 0.0)
-    assert not new.gossip.caught_up
+    assert not new.joining.ready
     talk(new, old, new.links.take(0.0), 0.0)
     assert new.counter.vector() == old.counter.vector()
-    assert new.gossip.caught_up
+    assert new.joining.ready
     assert new.table.active() == [(A, AT_A)]
     assert old.table.active() == [(ME, AT_ME)]
 
 
 def test_who_only_meets_itself_has_caught_up_with_nobody():
-    node = Half()
+    node = Half(has_seeds=True)
     node.links.compare_soon(["localhost:80"], 0.0)
     talk(node, node, node.links.take(0.0), 0.0)
-    assert not node.gossip.caught_up
+    assert not node.joining.ready
     assert node.links.take(1.0) is None
 
 
 def test_catching_up_in_several_messages_goes_on_until_it_is_done():
-    old, new = Half(A, AT_A), Half()
+    old, new = Half(A, AT_A), Half(has_seeds=True)
     for number in range(40):
         totals = {f"{'x' * 100}-{n}": (n, 1) for n in range(1, 501)}
         old.counter.merge(Delta(f"{number:08x}-1111-8111", 0, 500, totals), 0)
     new.links.compare_soon([AT_A], 0.0)
     rounds = 0
     while link := new.links.take(float(rounds)):
-        assert not new.gossip.caught_up
+        assert not new.joining.ready
         talk(new, old, link, float(rounds))
         rounds += 1
     assert 1 < rounds < 10
-    assert new.gossip.caught_up
+    assert new.joining.ready
     assert new.counter.vector() == old.counter.vector()
 
 

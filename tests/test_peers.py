@@ -30,7 +30,9 @@ def table():
 
 
 def new_table(seeds=(), fanout=8):
-    return PeerTable(ME, AT_ME, seeds, INTERVAL_S, TIMEOUT_S, fanout, random.Random(1))
+    table = PeerTable(ME, AT_ME, seeds, INTERVAL_S, TIMEOUT_S, fanout, random.Random(1))
+    table.become_ready()
+    return table
 
 
 def says(id, address, beat, leaving=False):
@@ -351,6 +353,11 @@ def test_a_seed_is_tried_until_it_is_met_and_again_once_it_is_lost():
     assert 5 < len([now for now in tries if now < 30]) < 15
     assert not [now for now in tries if 30 <= now <= 35]
     assert next(now for now in tries if now > 35) == 36
+
+
+def test_a_node_that_is_not_ready_tries_its_seeds_in_every_interval():
+    table = PeerTable(ME, AT_ME, ["a:80"], INTERVAL_S, TIMEOUT_S, 8, random.Random(1))
+    assert all(table.sweep(float(now)).seeds == ["a:80"] for now in range(10))
 
 
 def test_a_seed_that_was_met_is_looked_up_now_and_then():

@@ -273,6 +273,34 @@ def test_a_node_whose_seeds_stay_silent_is_ready_alone_in_the_end(start_node):
     wait_until(lambda: readiness(node) == (200, True))
 
 
+def test_a_node_that_its_seed_refuses_is_not_ready_and_says_why(start_node, tmp_path):
+    """It has another secret, and would else count from 0 beside a cluster that is there."""
+    secrets = []
+    for name in ("old", "new"):
+        secrets.append(tmp_path / name)
+        secrets[-1].write_text(name * 20)
+        secrets[-1].chmod(0o600)
+    seed = start_node("--secret-file", secrets[0])
+    seed.increment()
+    node = start_node("--secret-file", secrets[1], "--join-timeout", "0.2", peers=[seed])
+    wait_until(lambda: f"not ready: this node waits for a seed that refuses it: {seed.address}" in node.stderr())
+    answer = node.ask("GET", "/readyz")
+    assert (answer.status, seed.address in answer.json()["detail"]) == (503, True)
+
+
+def test_empty_nodes_do_not_make_each_other_ready(start_node):
+    """A third that is yet to be found may hold the counts; once it has given them those, they are."""
+    ports = [free_port() for _ in range(3)]
+    seeds = ",".join(f"127.0.0.1:{port}" for port in ports)
+    nodes = [start_node("--join-timeout", "600", "--peers", seeds, port=port) for port in ports[:2]]
+    all_know_each_other(*nodes)
+    assert [readiness(node) for node in nodes] == [(503, None)] * 2
+    holder = start_node(port=ports[2])
+    holder.increment()
+    wait_until(lambda: [readiness(node) for node in nodes] == [(200, False)] * 2)
+    assert [node.count() for node in nodes] == [1, 1]
+
+
 # Dying.
 
 

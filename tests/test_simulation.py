@@ -161,6 +161,58 @@ def test_halves_that_never_met_find_each_other_through_a_name_they_share(restart
     assert [node.counter.value("a") for node in network.alive()] == [4] * 4
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_no_node_is_ready_before_it_holds_what_was_counted(seed):
+    """Nodes start together, empty; one that has counted is reached late, or by one of them only."""
+    network = Network(seed, loss=0.2)
+    holder, *others = ADDRESSES
+    network.start(holder)
+    for _ in range(20):
+        network.nodes[holder].increment("a", 1)
+    near = others[:1] if seed % 2 else []
+    network.split([holder, *near], [address for address in others if address not in near])
+    if near:
+        network.cut = {pair for pair in network.cut if holder in pair}
+    for address in others:
+        network.run(network.rng.uniform(0, 0.5))
+        network.start(address, seeds=ADDRESSES)
+    ready_at = {}
+    for step in range(400):
+        if step == (200 if near else 15):
+            network.cut = set()
+        network.run(0.1)
+        for node in network.alive():
+            if node.joining.ready:
+                ready_at.setdefault(node.address, network.now)
+                assert node.counter.value("a") == 20
+    assert len(ready_at) == 5
+    assert not near or max(ready_at.values()) < 20  # the others got it from the near one
+
+
+@pytest.mark.parametrize(("size", "seed"), [*((5, seed) for seed in range(6)), (40, 1)])
+def test_nodes_that_all_start_together_are_all_ready_in_the_end(size, seed):
+    """Also where some crash in the middle of it, and come back."""
+    network = Network(seed, as_json=size < 10)
+    addresses = [f"10.0.2.{number}:8080" for number in range(size)]
+
+    def start(address):
+        network.start(address, seeds=[addresses[0], network.rng.choice(addresses)])
+
+    for address in addresses:
+        start(address)
+        network.run(0.5 / size)
+    assert not any(node.joining.ready for node in network.alive())
+    for _ in range(3):
+        victim = network.rng.choice(network.alive())
+        victim.increment("a", 1)
+        network.run(network.rng.uniform(0, 2))
+        network.crash(victim.address)
+        start(victim.address)
+    assert network.run_until(lambda: all(node.joining.ready for node in network.alive()), 40), [
+        node.joining.waits_for for node in network.alive()
+    ]
+
+
 def test_what_a_dead_node_told_one_peer_reaches_all():
     """Increments known to a single survivor spread from it, though it did not accept them."""
     network = Network(1, loss=0, repeat=0)

@@ -1,0 +1,97 @@
+"""When a node has joined its cluster: when clients may rely on what it counts.
+
+A node without seeds is ready at once.  Another is ready once it has caught up with a peer that is
+itself ready; two that are empty do not make each other so, since a third may hold the counts.  Where
+nobody is ready, as when all start together, a node is ready after the join timeout, if it has
+caught up with every peer it has heard of, and no seed refuses it.
+
+That is no deadlock: of the nodes that can reach each other, one has heard of all in the end, and makes
+the others ready.  A node waits for ever only if it has been told of increments that nobody
+gives it, or while a seed refuses it, and then says so.
+"""
+
+import logging
+import threading
+
+from counter.wire import lacks
+
+log = logging.getLogger("counter.peers")
+
+
+class _Goal:
+    """What a peer held when this node first heard it from that peer itself."""
+
+    def __init__(self, vector, is_ready):
+        self.vector = vector  # None once this node holds all of it
+        self.is_ready = is_ready  # the peer was ready as it said so
+
+
+class Joining:
+    """Whether a node is ready, and what it waits for.  Threads may call anything at any time.
+
+    `timeout_s` is for how long a node with seeds waits for a peer that is ready.
+    """
+
+    def __init__(self, has_seeds, timeout_s):
+        self._timeout_s = timeout_s
+        # Guards everything below.  Held for dictionary work only, never together with another.
+        self._lock = threading.Lock()
+        self._goals = {}  # id of a peer -> _Goal
+        self._began_at = None
+        self.ready = not has_seeds  # once it is ready, a node stays so
+        self.waits_for = "a peer that is ready"
+
+    def heard(self, peer, is_ready, vector, mine):
+        """Take note of what a peer says that it holds, and whether it is ready; `mine` is the vector of this node."""
+        with self._lock:
+            if self.ready:
+                return
+            goal = self._goals.get(peer)
+            if goal is None or (is_ready and not goal.is_ready):
+                goal = self._goals[peer] = _Goal(vector, is_ready)
+            self.ready = self._is_reached_locked(goal, mine) and goal.is_ready
+        if self.ready:
+            log.info("ready: caught up with id=%s", peer)
+
+    def look(self, now, own, mine, present, refusals):
+        """Find out whether this node, with the id `own` and the vector `mine`, is ready or what it waits for.
+
+        `present` are the ids of the peers that anybody has heard of lately, `refusals` is {address of
+        a seed that refuses this node: why}.
+        """
+        with self._lock:
+            if self.ready:
+                return
+            if self._began_at is None:
+                self._began_at = now
+            behind = [peer for peer, goal in self._goals.items() if not self._is_reached_locked(goal, mine)]
+            untold = [peer for peer in present if peer not in self._goals]
+            before = self.waits_for
+            if any(goal.is_ready for peer, goal in self._goals.items() if peer not in behind):
+                self.ready = True
+            elif now - self._began_at < self._timeout_s:
+                return
+            elif refusals:
+                self.waits_for = "a seed that refuses it: " + ", ".join(f"{a}: {why}" for a, why in refusals.items())
+            elif behind:
+                self.waits_for = f"increments that peer {behind[0]} holds, or held"
+            elif untold:
+                self.waits_for = f"peer {untold[0]} to say what it holds"
+            else:
+                self.ready = True
+            peers = len(self._goals)
+        if not self.ready:
+            if self.waits_for != before:
+                log.warning("not ready: this node waits for %s", self.waits_for)
+        elif peers:
+            log.info("ready: caught up with all peers=%d", peers)
+        elif mine.keys() <= {own}:
+            log.warning("ready alone, and without counts: no seed has answered")
+        else:
+            log.info("ready alone: no seed has answered")
+
+    @staticmethod
+    def _is_reached_locked(goal, mine):
+        if goal.vector is not None and not lacks(mine, goal.vector):
+            goal.vector = None
+        return goal.vector is None
