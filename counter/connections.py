@@ -41,10 +41,12 @@ BODY_TIMEOUT_S = 30.0
 SEND_TIMEOUT_S = 30.0
 PROGRESS_TIMEOUT_S = 10.0
 LINGER_S = 1.0
+HELD_MOST = 64 * 1024  # what counts at most of a request that is not complete: peers vouch for longer ones
 RECENT_S, GRACE_S = 1.0, 0.25  # who sent a request so recently has so long to send another when the node stops
 
 STOPPING = "this node is stopping; try another"
 NO_PLACE = "all connections are taken; try again later"
+NO_ROOM = "too much of other requests and answers is under way; try again later"
 NO_THREAD = "as many requests as --max-waiting wait already; try again later"
 NO_MEMORY = "this node is out of memory; try another"
 
@@ -59,6 +61,7 @@ class Connection:
         self.deadline = now + IDLE_TIMEOUT_S
         self.watched, self.is_muted = 0, False  # the events the poller listens for; it stopped to while ANSWERING
         self.is_peer = False  # an action has found it to be a peer's
+        self.held = 0  # bytes kept for it, see Poller.hold()
         self._reader = http1.RequestReader()
         self._waits_for = BEFORE  # the part of a request that the deadline is for
         self._exchange = None  # from the head of a request until there is a response
@@ -101,8 +104,8 @@ class Connection:
             self.state = CLOSED
         elif self.state is LINGERING:
             pass
-        elif is_start and self.kind is not GUEST and received in self._poller.repeated:
-            self._repeat(self._poller.repeated[received], now)
+        elif is_start and self.kind is not GUEST and (repeated := self._poller.repeated.get(received)):
+            self._repeat(repeated, now)
         else:
             self._reader.feed(received)
             self._serve(now, received if is_start else None)
@@ -132,7 +135,7 @@ class Connection:
 
     def give_way(self, now):
         """End at once, for the sake of another connection."""
-        if self._waits_for is not BEFORE:
+        if self._exchange is not None:
             self._refuse(unavailable(NO_PLACE), now)
         self.state = CLOSED
 
@@ -220,12 +223,15 @@ class Connection:
         if part is not self._waits_for:
             self._waits_for = part
             self._due(now + timeout_s)
+        arrived = self._reader.buffered + (sum(map(len, exchange.chunks)) if exchange is not None else 0)
+        if not self._poller.hold(self, min(arrived, HELD_MOST)):
+            raise unavailable(NO_ROOM)
 
     def _due(self, deadline):
         moves_back = deadline < self.deadline
         self.deadline = deadline
         if moves_back:
-            self._poller.deadlines.add(self)
+            self._poller.schedule(self)
 
     # Answering.
 
@@ -261,7 +267,7 @@ class Connection:
 
     def _refuse(self, refused, now):
         """Answer what cannot be read any further with the last response."""
-        refused.close, self._waits_for = True, BEFORE
+        refused.close, self._waits_for, self._reader = True, BEFORE, http1.RequestReader()
         self._exchange = self._exchange or Exchange()
         self._exchange.failure = refused
         self._answer(self._poller.tally)
@@ -275,6 +281,8 @@ class Connection:
             if self.state is not SENDING:
                 self.state, self._waits_for = SENDING, BEFORE
                 self._due(now + (PROGRESS_TIMEOUT_S if self._is_paced else SEND_TIMEOUT_S))
+            if not self.is_peer and not self._poller.hold(self, sum(map(len, self._outgoing))):
+                self.state = CLOSED
         elif self._further is not None:
             if not self._hand_over(self._make_pieces):
                 self.state = CLOSED
@@ -282,10 +290,12 @@ class Connection:
             self.sock.shutdown(socket.SHUT_WR)
             self.state, self._waits_for = LINGERING, BEFORE
             self._due(now + LINGER_S)
+            self._poller.hold(self, 0)
         else:
             self.state = RECEIVING
             if self._waits_for is BEFORE:
                 self._due(now + IDLE_TIMEOUT_S)
+                self._poller.hold(self, 0)
 
     def _flush(self):
         """Send as much as the socket takes; return whether that was all."""

@@ -70,6 +70,7 @@ class Places:
     def __init__(self, clients_max, peers_max):
         self.clients_max, self._peers_max = clients_max, peers_max  # the latter a function: it follows the cluster
         self._guests_min = guests_for(clients_max)
+        self.entering_max = self._guests_min // 2  # connections that may be open and not yet counted
         self.numbers = dict.fromkeys((GUEST, CLIENT, PEER), 0)
         self.full = False  # clients are sent away
         self._idle = {kind: self._by_activity(kind) for kind in self.numbers}

@@ -29,7 +29,9 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 EVENTS = {RECEIVING: READ, SENDING: WRITE, LINGERING: READ}
 TICK_S = 1.0  # what has no event of its own is seen to so often
 REPEATED_MAX, REPEATED_SIZE_MAX = 1000, 1024  # requests remembered, and the bytes of each
-ENTERING_MAX = 8  # accepted connections nobody has looked at: each takes a file, whoever has to give way
+HELD_MAX = 32 * 2**20  # bytes, see hold()
+SPARE_SIZE = 4 * 2**20  # bytes of memory that are let go when there are no others
+CALLS_MAX = 64  # what other threads ask for, new connections above all, between two looks at the others
 NO_MEMORY_PAUSE_S = 0.05
 COMPLAINT_INTERVAL_S = 60.0  # between two lines in the log that say the same
 
@@ -56,18 +58,20 @@ class Poller:
         self._places, self._requests = places, requests
         self.tally = requests.open()  # what this thread counts
         self.repeated = {}  # the bytes of a request -> Repeated
-        self.deadlines = Earliest(lambda connection: connection.deadline, lambda connection: not connection.closed)
+        self._deadlines = Earliest(lambda connection: connection.deadline, lambda connection: not connection.closed)
         self._connections = set()
+        self._held = 0  # bytes, see hold()
+        self._spare = bytes(SPARE_SIZE)
         self._ending = frozenset()  # kinds of connections that end after their request
         self._awaited = []  # (kinds, event to set once there are none of them)
         self._selector = selectors.DefaultSelector()
-        self._now = self._tick_at = time.monotonic()
+        self._now = self._look_at = time.monotonic()  # of this turn; when to look whose time is up
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
         # Other threads append to these two, and write to the socket if this one sleeps.
         self._calls, self._given_back = deque(), deque()
         self._is_asleep = False
-        self._entering = threading.Semaphore(ENTERING_MAX)
+        self._entering = threading.Semaphore(places.entering_max)
         self._woken, self._waker = socket.socketpair()
         for sock in (self._woken, self._waker):
             sock.setblocking(False)
@@ -153,6 +157,20 @@ class Poller:
                 log.warning("clients are sent away: all of --max-connections are taken, max=%d", maximum)
             raise unavailable(NO_PLACE)
 
+    def schedule(self, connection):
+        """See to a connection at its deadline; to be called when that has moved back, not when it has moved on."""
+        self._deadlines.add(connection)
+        self._look_at = min(self._look_at, connection.deadline)
+
+    def hold(self, connection, size):
+        """Count so many bytes as kept for a connection, instead of what it was; return whether there is room for all.
+
+        It is for halves of requests and of answers, which may be many and long: a client decides how long they stay.
+        """
+        self._held += size - connection.held
+        connection.held = size
+        return self._held <= HELD_MAX
+
     def remember(self, request, exchange):
         """Answer these bytes without parsing them again when they are the next on any connection."""
         if len(request) <= REPEATED_SIZE_MAX and not self._ending:
@@ -167,8 +185,7 @@ class Poller:
             try:
                 self._turn()
             except MemoryError:
-                self.complain("no memory to serve connections")
-                self._over.wait(NO_MEMORY_PAUSE_S)
+                self._free_memory()
             except Exception:  # a bug; without this thread nobody would be served
                 log.exception("serving connections failed")
         for connection in list(self._connections):
@@ -178,11 +195,22 @@ class Poller:
         self._waker.close()
         self._requests.close(self.tally)
 
+    def _free_memory(self):
+        """End the connections that are half way through a request or an answer, and go on with the others."""
+        self._spare = None  # for what the next lines need
+        self.complain("no memory to serve connections")
+        self.repeated.clear()
+        for connection in [connection for connection in self._connections if connection.held]:
+            self._close(connection)
+        self._over.wait(NO_MEMORY_PAUSE_S)
+        with contextlib.suppress(MemoryError):
+            self._spare = bytes(SPARE_SIZE)  # which takes no memory until there is something in it
+
     def _turn(self):
         """Wait until some connections can go on, and let each of them do so once."""
         self._is_asleep = True
-        # Since the latest `now` some time has passed, in which nothing can have come to its end unnoticed.
-        patience_s = 0 if self._calls or self._given_back else min(self.deadlines.bound() - self._now, TICK_S)
+        # Other threads may have added to these just before, and not have seen it asleep.
+        patience_s = 0 if self._calls or self._given_back else self._look_at - self._now
         events = self._selector.select(patience_s)
         self._is_asleep = False
         now = self._now = time.monotonic()
@@ -202,15 +230,21 @@ class Poller:
                 self._step(connection, connection.send_more, now)
             elif connection.state is not CLOSED:
                 self._step(connection, connection.receive, now)
+        if self._calls or self._given_back or now >= self._look_at:
+            self._see_to_the_rest(now)
+
+    def _see_to_the_rest(self, now):
+        """Do what other threads have asked for, and what is due."""
         self._take_back(now)
-        while self._calls:
+        for _ in range(min(len(self._calls), CALLS_MAX)):  # others may add to them all the time
             self._calls.popleft()(now)
-        while self.deadlines.bound() <= now and (connection := self.deadlines.first()) and connection.deadline <= now:
+        if now < self._look_at:
+            return
+        while (connection := self._deadlines.first()) is not None and connection.deadline <= now:
             self._step(connection, connection.expire, now)
-        if now >= self._tick_at:
-            self._tick_at = now + TICK_S
-            for lane in self.lanes.values():
-                lane.tend()
+        for lane in self.lanes.values():
+            lane.tend()
+        self._look_at = min(now + TICK_S, self._deadlines.bound())
 
     def _step(self, connection, step, now):
         """Let a connection go on, and wait for what it waits for then."""
@@ -239,7 +273,7 @@ class Poller:
         connection.watched = events
 
     def _take_back(self, now):
-        while self._given_back:
+        for _ in range(len(self._given_back)):
             connection = self._given_back.popleft()
             self._step(connection, connection.take_back, now)
             if connection.is_peer and connection.kind is not PEER and not connection.closed:
@@ -249,12 +283,13 @@ class Poller:
         self._entering.release()
         try:
             connection = Connection(sock, self, now)
-            self.deadlines.add(connection)
+            self.schedule(connection)
             victim = self._places.enter(connection, now)
             self._connections.add(connection)
         except MemoryError:
             sock.close()
-            raise
+            self.complain("no memory to serve connections")
+            return
         self._step(connection, connection.receive, now)  # most send a request at once
         self._make_way(victim, now)
         if GUEST in self._ending and not connection.closed:
@@ -271,6 +306,7 @@ class Poller:
         if connection.watched:
             self._watch(connection, 0)
         connection.sock.close()
+        self.hold(connection, 0)
         was_full = self._places.full
         self._places.leave(connection)
         if was_full and not self._places.full:

@@ -28,7 +28,7 @@ log = logging.getLogger("counter.serving")
 BACKLOG = 1024  # the stdlib's 5 resets connections under load
 # File descriptors for all else: connections from peers and to them, and a few files.
 DESCRIPTORS_BESIDE = 256
-SLOW_THREADS, PEER_THREADS = 4, 8  # they compute, so more of them would not be faster
+SLOW_THREADS, PEER_THREADS = 2, 4  # they compute, so more of them would not be faster
 ACCEPT_PAUSE_S = 0.1  # before accepting again after that failed
 STOP_S = 2.0  # for requests in flight when the server stops
 

@@ -57,6 +57,16 @@ def test_it_prints_every_figure(tmp_path):
         assert all(len(values) == 1 and values[0] >= 0 for values in found.values())
 
 
+def test_a_flood_is_watched():
+    """It ends by itself, and tells of each that asked meanwhile; how fast they were served is not tested here."""
+    command = [sys.executable, PROJECT / "benchmarks" / "flood.py", "--only", "bytes", "--rate", "50", "--seconds", "1"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert result.returncode in (0, 1), result.stderr
+    head, *lines = result.stdout.splitlines()
+    assert head.startswith("bytes, ")
+    assert [line.split(" asked ")[1].split()[:2] for line in lines] == [["0", "failed"]] * 5
+
+
 def test_two_checkouts_are_compared():
     """Each figure has a line with both, and how many times better the one is in which the benchmark lies."""
     result = run_benchmark(*TINY, "--only", "single", "--connections", "8", "--paired", PROJECT)

@@ -6,7 +6,7 @@ import itertools
 import pytest
 from clients import read_reply, request
 
-from counter import http1, metrics
+from counter import connections, http1, metrics
 from counter.connections import (
     ANSWERING,
     BODY_TIMEOUT_S,
@@ -114,6 +114,7 @@ class Poller:
         self.lanes = {pace: Lane() for pace in (SLOW, WAITS, PEERS)}
         self.repeated, self.given_back, self.complaints = {}, [], []
         self.ending, self.has_places = set(), True
+        self.held, self.held_max = 0, 10**9
         self.deadlines = Earliest(lambda connection: connection.deadline, lambda connection: not connection.closed)
 
     def remember(self, received, exchange):
@@ -129,6 +130,14 @@ class Poller:
 
     def give_back(self, connection, is_urgent):
         self.given_back.append((connection, is_urgent))
+
+    def schedule(self, connection):
+        self.deadlines.add(connection)
+
+    def hold(self, connection, size):
+        self.held += size - connection.held
+        connection.held = size
+        return self.held <= self.held_max
 
     def complain(self, message):
         self.complaints.append(message)
@@ -574,6 +583,48 @@ def test_who_does_not_read_100_continue_keeps_its_time_for_the_body(line):
     assert line.statuses() == [100, 200]
 
 
+# What is kept.
+
+
+def test_what_is_kept_of_requests_and_answers_is_counted(line):
+    """As long as it is, and of a long body, for which peers vouch, a part only."""
+    line.receive(request("GET", "/a"))
+    assert line.poller.held == 0
+    raw = request("POST", "/a", "Content-Length: 900")
+    line.receive(raw[:50])
+    assert line.poller.held == 50
+    line.receive(raw[50:], b"x" * 500)
+    assert line.poller.held == 500
+    line.sock.room = 0
+    line.receive(b"x" * 400)
+    assert 150 < line.poller.held < 1200
+    line.read(10**6)
+    assert line.poller.held == 0
+    line.poller.api.sink = None
+    line.receive(request("POST", "/sink", "Content-Length: 10000000") + b"x" * 1_000_000)
+    assert line.poller.held == connections.HELD_MOST
+
+
+@pytest.mark.parametrize("raw", [b"GET /a HTTP/1.1\r\nX: " + b"x" * 80, request("POST", "/a", body=b"x" * 900)[:-1]])
+def test_without_room_for_half_a_request_the_client_is_told(line, raw):
+    """Others are served, and what there was of it is let go."""
+    line.poller.held_max = 50
+    line.receive(request("GET", "/a"), raw)
+    assert (line.statuses(), line.state, line.poller.held) == ([200, 503], LINGERING, 0)
+
+
+def test_without_room_for_an_answer_nobody_reads_the_connection_ends(line):
+    """But not that of a peer, which is known and waited for."""
+    line.poller.held_max = 50
+    line.sock.room = 10
+    line.receive(request("GET", "/a"))
+    assert line.state is CLOSED
+    peer = Line()
+    peer.poller.held_max, peer.sock.room = 50, 10
+    peer.receive(request("GET", "/peer-pieces"))
+    assert peer.state is SENDING
+
+
 # Places, and stopping.
 
 
@@ -601,9 +652,9 @@ def test_without_a_place_only_what_is_vital_is_served(line):
 
 @pytest.mark.parametrize(
     ("sent", "statuses"),
-    [(b"", []), (b"GET /a", [503]), (request("POST", "/a", "Content-Length: 5"), [503]), (request("GET", "/a"), [200])],
+    [(b"", []), (b"GET /a", []), (request("POST", "/a", "Content-Length: 5"), [503]), (request("GET", "/a"), [200])],
 )
-def test_who_gives_way_is_told_where_a_request_has_begun(line, sent, statuses):
+def test_who_gives_way_is_told_if_its_request_was_known(line, sent, statuses):
     """Otherwise nobody would know whether it was counted."""
     line.receive(sent)
     line.connection.give_way(line.now)

@@ -679,6 +679,44 @@ def test_without_memory_for_a_connection_the_next_is_served(start_local, connect
     assert [record.getMessage() for record in caplog.records] == ["no memory to serve connections"]
 
 
+def test_without_any_memory_what_is_half_way_ends_and_the_rest_goes_on(start_local, connect, monkeypatch, caplog):
+    """Where not even events can be listed, something has to be let go, or it would stay so."""
+    node = start_local()
+    client, half = connect(node), connect(node)
+    assert client.ask("GET", "/count").status == 200
+    half.send(b"GET /count HTTP/1.1\r\nX: ")
+    selector, tries = node.server._poller._selector, itertools.count()
+    wait_until(lambda: node.server._poller._held)
+    select = selector.select
+
+    def select_later(timeout):
+        if next(tries) < 3:
+            raise MemoryError
+        return select(timeout)
+
+    monkeypatch.setattr(selector, "select", select_later)
+    node.server._poller.call(lambda _now: None)
+    assert half.is_over()
+    assert client.ask("POST", "/increment").status == 200
+    assert connect(node).ask("GET", "/count").status == 200
+    assert [record.getMessage() for record in caplog.records] == ["no memory to serve connections"]
+
+
+def test_new_connections_do_not_keep_the_others_waiting(node, client):
+    """However fast they come: here, for ever."""
+    poller, over = node.server._poller, threading.Event()
+
+    def call_again(_now):
+        if not over.is_set():
+            poller.call(call_again)
+
+    call_again(0.0)
+    try:
+        assert [client.ask("POST", "/increment/kept").status for _ in range(5)] == [200] * 5
+    finally:
+        over.set()
+
+
 def test_an_action_that_is_slow_holds_up_nobody(start_local, connect, monkeypatch):
     """Not another slow one, until as many threads are taken as there are for those."""
     node, over = start_local(), threading.Event()
