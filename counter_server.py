@@ -31,6 +31,7 @@ import urllib3
 from api import Api
 from counter import Counter, logs, new_replica
 from counter.addresses import join_address
+from counter.backup import export_command, import_command
 from counter.config import parse_arguments
 from counter.confirmations import Confirmations
 from counter.datafile import DataFileError
@@ -49,6 +50,7 @@ log = logging.getLogger("counter.server")
 URLLIB3_LEAST = (2, 2)
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 STOP_S = 2.0  # for each kind of threads to end when the node stops
+COMMANDS = {"export": export_command, "import": import_command}
 SAVE_S = 5.0  # for the last of it to get into the data file
 
 
@@ -188,7 +190,10 @@ class Node:
 
 
 def main(arguments=None):
-    """Run a node until SIGINT or SIGTERM; return the exit status."""
+    """Run a node until SIGINT or SIGTERM, or a command; return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
     config = parse_arguments(arguments)
     if tuple(map(int, urllib3.__version__.split(".")[:2])) < URLLIB3_LEAST:  # all sending would fail
         print(

@@ -48,7 +48,7 @@ class Config:
     log_format: str
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message):
@@ -64,9 +64,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def parse_arguments(arguments):
     """Return the Config of a command line; SystemExit with status 2 and one line if it is wrong."""
-    parser = _Parser(
+    parser = Parser(
         prog="counter_server.py",
         description="A node of a distributed in-memory counter. Times are in seconds, fractions allowed.",
+        epilog="For data files there are also counter_server.py export and counter_server.py import.",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )

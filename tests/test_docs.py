@@ -78,13 +78,46 @@ def test_requests_do_what_they_are_shown_to_do(path, start_cluster, tmp_path):
     assert "about:blank" not in printed  # which every refusal has
 
 
+def commands_with_files():
+    """Return the commands of docs/data.md that need a file which a node has filled."""
+    section = text("docs/data.md").partition("## Backup and restore")[2]
+    return [
+        line
+        for block in re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+        for line in block.splitlines()
+    ]
+
+
+def test_backup_restore_and_moving_in_are_as_shown(start_node, tmp_path):
+    """One after the other: beside a running node, and in the place of its file."""
+    require_tools("sqlite3")
+    lines = [line.replace("counter_server.py", str(PROJECT / "counter_server.py")) for line in commands_with_files()]
+    backup, restore, moving_in, anew = lines[:2], lines[2:4], lines[4:6], lines[6:]
+    data = tmp_path / "counter.db"
+    node = start_node("--data", data)
+    for _ in range(3):
+        node.increment("/increment/visits?durable=true")
+    run("\n".join(backup), cwd=tmp_path)
+    node.increment("/increment/visits?durable=true")
+    assert node.stop() == 0
+    run("\n".join(restore), cwd=tmp_path)
+    for file in (data, tmp_path / "backup.db"):
+        node = start_node("--data", file)
+        assert node.count("visits") == 3
+        node.stop()
+    run("\n".join(moving_in), cwd=tmp_path)
+    run("\n".join(anew), cwd=tmp_path)
+    for file, cluster in (("counter.db", "counter"), ("counter-2.db", "counter-2")):
+        assert start_node("--data", tmp_path / file, "--cluster", cluster).count("visits") == 4714
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
 def test_every_other_command_is_one_that_works(path, tmp_path):
     """Flags exist, scripts are there, and short commands run."""
     for command in commands(path):
         server = re.search(r"counter_server\.py (.*)", command)
         script = re.match(r"python (benchmarks/\w+\.py|tests/\w+\.py)(.*)", command)
-        if is_request(command):
+        if is_request(command) or command in commands_with_files():
             continue
         if server:
             arguments = server[1]
