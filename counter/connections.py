@@ -59,7 +59,7 @@ class Connection:
         self.state, self.kind = RECEIVING, GUEST
         self.active_at = now  # when it was accepted, or its latest request was complete
         self.deadline = now + IDLE_TIMEOUT_S
-        self.watched, self.is_muted = 0, False  # the events the poller listens for; it stopped to while ANSWERING
+        self.watched = 0  # the events the poller listens for
         self.is_peer = False  # an action has found it to be a peer's
         self.held = 0  # bytes kept for it, see Poller.hold()
         self._reader = http1.RequestReader()
@@ -119,7 +119,7 @@ class Connection:
 
     def take_back(self, now):
         """Go on after a thread of a lane has done its part."""
-        self.state, self.is_muted, self._waits_for = RECEIVING, False, BEFORE
+        self.state, self._waits_for = RECEIVING, BEFORE
         if self._exchange is None or self._is_last:
             self._go_on(now)
         self._resume(now)

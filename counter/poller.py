@@ -93,7 +93,7 @@ class Poller:
     def give_back(self, connection, is_urgent):
         """Take a connection back from the thread of a lane; at its next event if it is not urgent."""
         self._given_back.append(connection)
-        if is_urgent or connection.is_muted:
+        if is_urgent or not connection.watched:  # or there is no next: a new connection is not watched yet
             self._wake()
 
     def call(self, function):
@@ -223,7 +223,6 @@ class Poller:
             if connection.state is ANSWERING:
                 self._take_back(now)
                 if connection.state is ANSWERING:  # it has hung up, or sent more than one request
-                    connection.is_muted = True
                     self._watch(connection, 0)
                     continue
             if connection.state is SENDING:

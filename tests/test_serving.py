@@ -16,7 +16,7 @@ from conftest import wait_until, wait_until_waiting
 
 import api
 from api import BODY_MAX, action
-from counter import Delta, connections, http1, lanes, new_replica, places, wire
+from counter import Delta, connections, http1, lanes, new_replica, places, poller, wire
 from counter.config import parse_arguments
 from counter.lanes import SLOW, WAITS
 from counter.places import CLIENT, PEER
@@ -614,6 +614,14 @@ def test_who_waits_holds_up_nobody(node, connect):
     wait_until(lambda: len(node.counter._waiters) == 20)
     assert connect(node).ask("POST", "/increment").status == 200
     assert all(client.read().status == 200 for client in waiting)
+
+
+def test_a_connection_whose_first_request_waits_goes_on(start_local, connect, monkeypatch):
+    """The poller listens for nothing on it yet, and must not wait for its next tick to hear that it is answered."""
+    monkeypatch.setattr(poller, "TICK_S", 60.0)
+    client = connect(start_local())
+    for count in (1, 2):
+        assert client.ask("POST", "/increment?acks=1").json()["count"] == count
 
 
 def test_only_so_many_may_wait(start_local, connect):
