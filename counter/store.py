@@ -18,6 +18,7 @@ from collections import namedtuple
 from counter import datafile
 from counter.datafile import DataFileError
 from counter.datawriter import Writer
+from counter.waiting import Waiters
 from counter.wire import lacks
 
 log = logging.getLogger("counter.store")
@@ -43,13 +44,12 @@ class Store:
         self._path, self._counter, self._cluster, self._fsync = path, counter, cluster, fsync
         self._key_window_s, self._clock, self._wall = key_window_s, clock, wall
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
-        self._wake = threading.Event()  # look again: somebody waits, the counter changed, or the node stops
-        self._stopping = False
-        # Guards the six below.  Held for dictionary work only, never together with another.
+        self._wake = threading.Event()  # look again: of the two below, or of the counter, something changed
+        self._urgent = self._stopping = False  # somebody waits for the next commit; the node stops
+        # Guards the five below.  Held for dictionary work only, never together with another.
         self._lock = threading.Lock()
         self._saved = {}  # what the file holds for certain, {replica: sequence}; written by one thread
-        self._waiting = {}  # threading.Event -> (replica, sequence): who waits for a dot to be saved
-        self._impatient = False  # nobody is to wait any more
+        self._waiters = Waiters(self._holds_locked, self._lock)
         self._error = None  # why the last transaction failed
         self._complete_at = clock()  # when everything applied was in the file
         self._numbers = {"commits": 0, "errors": 0, "commit_seconds": 0.0}
@@ -96,27 +96,21 @@ class Store:
 
     def stop_waiting(self):
         """Wake all who wait for a dot to be saved, and let nobody wait any more: the node stops."""
-        with self._lock:
-            self._impatient = True
-            self._wake_all_locked()
+        self._waiters.stop()
 
     # What others ask.
 
     def wait_until_saved(self, replica, sequence, timeout_s):
         """Wait until a dot that is held here is in the file for certain; return whether it is.
 
-        It is so at once, and False, while the file fails: what it held may be gone with it.
+        While the file fails it is not, and nobody waits: what it held may be gone with it.
         """
-        event = threading.Event()
-        with self._lock:
-            if self._error or self._impatient or self._saved.get(replica, 0) >= sequence:
-                return not self._error and self._saved.get(replica, 0) >= sequence
-            self._waiting[event] = (replica, sequence)
+        self._urgent = True
         self._wake.set()
-        event.wait(timeout_s)
-        with self._lock:
-            del self._waiting[event]
-            return not self._error and self._saved.get(replica, 0) >= sequence
+        return self._waiters.wait(replica, sequence, timeout_s)
+
+    def _holds_locked(self, replica, sequence):
+        return self._error is None and self._saved.get(replica, 0) >= sequence
 
     def status(self):
         """Return the Status of the file."""
@@ -146,14 +140,13 @@ class Store:
         """Wait until a commit is due; return False once the node stops and none is to come."""
         while True:
             self._wake.clear()
+            urgent, self._urgent = self._urgent, False  # before it looks: what is waited for was counted before
             vector, now = self._counter.vector(), self._clock()
             lacking = self._lacks(vector)
             if self._stopping:
                 return lacking and not self._given_up
-            with self._lock:
-                urgent = bool(self._waiting) and self._error is None
             due_at = self._pause_until if lacking or self._error else self._upkeep_at
-            if now >= due_at or (urgent and lacking):
+            if now >= due_at or (urgent and lacking and self._error is None):
                 return True
             if not lacking:
                 self._counter.wake_on_change(vector, self._wake)
@@ -186,10 +179,10 @@ class Store:
         self._failures = 0
         with self._lock:
             failed, self._error = self._error, None
+            self._waiters.resume()
             self._saved.update({delta.replica: self._writer.vector[delta.replica] for delta in deltas})
-            for event, (replica, sequence) in self._waiting.items():
-                if self._saved.get(replica, 0) >= sequence:
-                    event.set()
+            for delta in deltas:
+                self._waiters.wake(delta.replica, self._saved[delta.replica])
             if not self._lacks(vector):
                 self._complete_at = began
             self._numbers["commits"] += bool(deltas)
@@ -207,13 +200,9 @@ class Store:
         with self._lock:
             first, self._error = self._error is None, what
             self._numbers["errors"] += 1
-            self._wake_all_locked()
+            self._waiters.suspend()
         # A disk that stays full is one line, not one per try.
         log.log(logging.WARNING if first else logging.DEBUG, "data file failing: file=%s error=%s", self._path, what)
-
-    def _wake_all_locked(self):
-        for event in self._waiting:
-            event.set()
 
     # The file.
 

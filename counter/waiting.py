@@ -15,7 +15,8 @@ class Waiters:
         # Guarded by the lock.
         self._waiting = {}  # replica -> [(sequence, threading.Event)]
         self._watching = set()  # of threading.Event: who wants to know of the next change
-        self._stopping = False  # waiters return at once: the node is shutting down
+        self._suspended = False  # waiters return at once
+        self._stopping = False  # and will for good: the node is shutting down
 
     def __len__(self):
         """Return how many wait for a dot."""
@@ -29,7 +30,7 @@ class Waiters:
         """Wait until a dot is held; return whether it is."""
         event = threading.Event()
         with self._lock:
-            if self._stopping or self._holds(replica, sequence):
+            if self._suspended or self._holds(replica, sequence):
                 return self._holds(replica, sequence)
             self._waiting.setdefault(replica, []).append((sequence, event))
         event.wait(timeout_s)
@@ -53,10 +54,19 @@ class Waiters:
             if sequence <= through:
                 event.set()
 
+    def suspend(self):
+        """Wake all waiters for dots, and let nobody wait until resume().  Under the lock."""
+        self._suspended = True
+        for entries in self._waiting.values():
+            for _, event in entries:
+                event.set()
+
+    def resume(self):
+        """Let threads wait again.  Under the lock."""
+        self._suspended = self._stopping
+
     def stop(self):
         """Wake all waiters for dots and refuse new waits; called when the node stops."""
         with self._lock:
             self._stopping = True
-            waiting = [entry for entries in self._waiting.values() for entry in entries]
-        for _, event in waiting:
-            event.set()
+            self.suspend()

@@ -133,7 +133,7 @@ def test_what_many_threads_count_at_once_is_saved_together(opened, monkeypatch):
     threads = [threading.Thread(target=count) for _ in range(50)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: len(store._waiting) == 50)
+    wait_until(lambda: len(store._waiters) == 50)
     assert counter.value("x") == 51
     assert store.status().lag_increments == 51
     go.set()
@@ -152,7 +152,7 @@ def test_waiting_ends_with_the_timeout_and_when_the_node_stops(opened, monkeypat
     results = []
     thread = threading.Thread(target=lambda: results.append(store.wait_until_saved(*dot, 60)))
     thread.start()
-    wait_until(lambda: store._waiting)
+    wait_until(lambda: len(store._waiters) == 1)
     store.stop_waiting()
     thread.join(10)
     assert results == [False]
