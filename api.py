@@ -7,7 +7,6 @@ Routes use the parts of a node and know nothing of sockets.  They run in the thr
 connections, so they only check; the pace of the action decides which thread runs that.
 """
 
-import json
 import math
 import re
 import time
@@ -16,10 +15,7 @@ from counter import (
     KeyReused,
     TooManyCounters,
     TooManyKeys,
-    __version__,
     auth,
-    dashboard,
-    exposition,
     http1,
     increment_id,
     parameters,
@@ -50,14 +46,12 @@ class Api:
     # Open to clients without a token: probes, and the page, which knows nothing and asks for one.
     open_paths = frozenset({wire.PATH, "/healthz", "/readyz", "/"})
 
-    def __init__(self, config, counter, table, gossip, replicator, signer, server, store, readiness, tokens):
+    def __init__(self, config, counter, table, gossip, replicator, signer, server, store, tokens, status):
         self._cors_origins, self._window_s = config.cors_origin, config.idempotency_window
         self._store, self._fsync = store, config.fsync  # the store is None without --data
         self._counter, self._table, self._gossip = counter, table, gossip
         self._replicator, self._signer, self._server = replicator, signer, server
-        self._readiness = readiness  # () -> (ready, alone, what the node waits for)
         self._tokens = tokens  # Tokens, or None: every client may do anything
-        self._started, self._started_at = time.monotonic(), time.time()
         routes = {
             "/increment": {"POST": self._increment},
             "/increment/NAME": {"POST": self._increment},
@@ -66,11 +60,11 @@ class Api:
             "/increments": {"POST": self._increment_many},
             "/increments/ID": {"GET": self._increment_status},
             "/counts": {"GET": self._counts},
-            "/peers": {"GET": self._peers},
-            "/healthz": {"GET": self._healthz},
-            "/readyz": {"GET": self._readyz},
-            "/metrics": {"GET": self._metrics},
-            "/": {"GET": self._dashboard},
+            "/peers": {"GET": status.peers},
+            "/healthz": {"GET": status.healthz},
+            "/readyz": {"GET": status.readyz},
+            "/metrics": {"GET": status.metrics},
+            "/": {"GET": status.dashboard},
             wire.PATH: {"POST": self._message},
         }
         self._router = Router(routes, hidden=("/", wire.PATH))
@@ -248,7 +242,7 @@ class Api:
         @action()
         def counts(_body, _connection):
             values, next = self._counter.list(prefix, start, limit)
-            return _json({"counts": values, "next": next})
+            return http1.ok_json({"counts": values, "next": next})
 
         return counts
 
@@ -260,96 +254,9 @@ class Api:
         def status(_body, _connection):
             if not self._counter.holds(*dot):
                 raise Refused(404, "that increment has not arrived here, or not yet")
-            return _json({"id": increment_id(*dot), "applied": True})
+            return http1.ok_json({"id": increment_id(*dot), "applied": True})
 
         return status
-
-    def _peers(self, head):
-        http1.parse_query(head.query, ())
-
-        @action()
-        def peers(_body, _connection):
-            now, unconfirmed = time.monotonic(), self._gossip.unconfirmed()
-            about = {
-                "id": self._counter.replica,
-                "address": self._table.address,
-                "uptime_s": round(now - self._started, 1),
-                "version": __version__,
-                "data": self._data(),
-            }
-            listed = [
-                {
-                    "id": peer.id,
-                    "address": peer.address,
-                    "state": peer.state,
-                    "silent_s": round(peer.silent_s, 3),
-                    "unconfirmed": unconfirmed.get(peer.id),
-                    "version": peer.version,
-                }
-                for peer in self._table.snapshot(now)
-            ]
-            return _json({"self": about, "peers": listed})
-
-        return peers
-
-    def _data(self):
-        """Return what /peers says of the data file; None without one."""
-        if not self._store:
-            return None
-        status = self._store.status()
-        return status._asdict() | {"lag_s": round(status.lag_s, 3)}
-
-    def _healthz(self, head):
-        http1.parse_query(head.query, ())
-
-        @action(QUICK)
-        def health(_body, _connection):
-            return _json({"status": "alive"})
-
-        return health
-
-    def _readyz(self, head):
-        http1.parse_query(head.query, ())
-
-        @action(QUICK)
-        def readiness(_body, _connection):
-            if self._server.stopping:
-                raise unavailable(STOPPING)
-            ready, alone, waits_for = self._readiness()
-            if not ready:
-                raise unavailable(f"this node is not ready: it waits for {waits_for}")
-            data = {"data": "ok" if self._store.status().ok else "failing"} if self._store else {}
-            return _json({"status": "ready", "alone": alone, **data})
-
-        return readiness
-
-    def _metrics(self, head):
-        http1.parse_query(head.query, ())
-
-        @action()
-        def scrape(_body, _connection):
-            text = exposition.render(
-                self._counter,
-                self._table,
-                self._gossip,
-                self._replicator.traffic,
-                self._server,
-                self._store,
-                self._started_at,
-                time.monotonic(),
-            )
-            return http1.response(200, text.encode(), exposition.CONTENT_TYPE)
-
-        return scrape
-
-    def _dashboard(self, head):
-        http1.parse_query(head.query, ())
-
-        @action()
-        def page(_body, _connection):
-            return http1.response(200, dashboard.PAGE, "text/html; charset=utf-8", dashboard.HEADERS)
-
-        return page
 
     def _message(self, head):
         http1.parse_query(head.query, ())
@@ -368,10 +275,6 @@ class Api:
             return http1.response(200, reply.body, headers=[(wire.SIGNATURE, reply.signature)])
 
         return receive
-
-
-def _json(fields):
-    return http1.ok(json.dumps(fields) + "\n")
 
 
 def _not_counted(error):

@@ -38,6 +38,7 @@ from counter.datafile import DataFileError
 from counter.joining import Joining
 from counter.links import DOUBTFUL_MAX, Links
 from counter.serving import Server, provide_descriptors
+from counter.status import Status
 from counter.store import Store
 from counter.tokens import Tokens, read_token_file
 from counter.wire import Signer
@@ -98,18 +99,9 @@ class Node:
             self.gossip, links, self.table, self.signer, self.port, workers, config.peer_timeout
         )
         self.heartbeat = Heartbeat(self.table, config.heartbeat_interval, self.replicator.contact)
-        self.api = Api(
-            config,
-            self.counter,
-            self.table,
-            self.gossip,
-            self.replicator,
-            self.signer,
-            self.server,
-            self.store,
-            self.readiness,
-            self.tokens,
-        )
+        parts = self.counter, self.table, self.gossip
+        status = Status(*parts, self.replicator.traffic, self.server, self.store, self.readiness)
+        self.api = Api(config, *parts, self.replicator, self.signer, self.server, self.store, self.tokens, status)
 
     def _open_store(self):
         """Return the store, with everything that is in its file in the counter."""

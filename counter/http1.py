@@ -244,6 +244,11 @@ def ok(body):
     ).encode()
 
 
+def ok_json(fields):
+    """Return the response 200 with a value as JSON."""
+    return ok(json.dumps(fields) + "\n")
+
+
 def opened(response):
     """Return the first piece of a response, which has its head, and an iterable of the others."""
     if type(response) is bytes:
