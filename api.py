@@ -7,6 +7,7 @@ Routes use the parts of a node and know nothing of sockets.  They run in the thr
 connections, so they only check; the pace of the action decides which thread runs that.
 """
 
+import json
 import math
 import re
 import time
@@ -31,6 +32,7 @@ from replication import WrongSignature
 BODY_MAX = 64 * 1024  # bytes of a public request's body
 BATCH_QUICK = 4096  # bytes of a batch that takes a fraction of a millisecond: some hundred names
 CONDITIONS = ("acks", "durable", "timeout")  # parameters: where an increment is to be before the answer
+RETRY_AFTER_MAX_S = 60
 # A peer needs one connection; a second one while it replaces that.  The others are for peers to come.
 CONNECTIONS_PER_PEER, PEERS_SPARE = 2, 16
 
@@ -282,7 +284,8 @@ def _not_counted(error):
     if isinstance(error, TooManyCounters):
         return Refused(507, "this node has --max-counters counters; increment one that exists")
     if isinstance(error, TooManyKeys):
-        retry_after = [("Retry-After", str(math.ceil(error.args[0])))]
+        # The next key may be forgotten in an hour only, but clients obey, and another node may have room.
+        retry_after = [("Retry-After", str(min(RETRY_AFTER_MAX_S, math.ceil(error.args[0]))))]
         return Refused(503, "no further idempotency key can be remembered for now", retry_after)
     return Refused(422, "this idempotency key came before, with another counter, amount or batch")
 

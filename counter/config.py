@@ -121,7 +121,7 @@ def _add_flags(parser):
     limits = parser.add_argument_group("limits").add_argument
     limits("--max-counters", type=_integer(1, 10**6), default=100_000, metavar="N", help="counters created here")
     limits("--idempotency-window", type=_seconds(0.001), default=3600.0, metavar="S", help="how long keys are kept")
-    limits("--max-idempotency-keys", type=_integer(1, 10**6), default=1_000_000, metavar="N", help="keys kept at once")
+    limits("--max-idempotency-keys", type=_integer(1, 10**8), default=1_000_000, metavar="N", help="keys kept at once")
     data = parser.add_argument_group("data").add_argument
     data("--data", type=_path, metavar="FILE", help="keep the counts in this file as well; made if there is none")
     data("--fsync", choices=("always", "never"), default="always",

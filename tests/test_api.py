@@ -393,11 +393,11 @@ def test_a_uuid7_that_may_have_been_forgotten_is_refused(client):
 
 def test_without_room_for_a_key_the_client_is_told_when_to_come_back(start_local, connect):
     """Known keys and increments without a key are still served."""
-    client = connect(start_local("--max-idempotency-keys", "1", "--idempotency-window", "100"))
+    client = connect(start_local("--max-idempotency-keys", "1", "--idempotency-window", "3600"))
     assert client.ask("POST", "/increment", "Idempotency-Key: first").status == 200
     refused = client.ask("POST", "/increment", "Idempotency-Key: second")
     problem(refused, 503)
-    assert 1 <= int(refused.headers["retry-after"]) <= 100
+    assert 1 <= int(refused.headers["retry-after"]) <= 60  # common clients sleep for as long as it says
     assert client.ask("POST", "/increment", "Idempotency-Key: first").status == 200
     assert client.ask("POST", "/increment").json()["count"] == 2
 

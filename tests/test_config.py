@@ -47,6 +47,7 @@ def test_defaults():
         (["--drain-timeout", "0"], "drain_timeout", 0),
         (["--retry-backoff", "10"], "retry_backoff", 10),
         (["--max-connections", "1"], "max_connections", 1),
+        (["--max-idempotency-keys", "100000000"], "max_idempotency_keys", 100_000_000),
         (["--log-level", "debug"], "log_level", "debug"),
         (["--log-format", "json"], "log_format", "json"),
         (["--cors-origin", "*", "--cors-origin", "null"], "cors_origin", ("*", "null")),
