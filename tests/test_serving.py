@@ -728,7 +728,7 @@ def test_new_connections_do_not_keep_the_others_waiting(node, client):
 def test_an_action_that_is_slow_holds_up_nobody(start_local, connect, monkeypatch):
     """Not another slow one, until as many threads are taken as there are for those."""
     node, over = start_local(), threading.Event()
-    monkeypatch.setattr(node.api, "_peers", lambda head: action(SLOW)(lambda *_: over.wait() and http1.ok("{}\n")))
+    monkeypatch.setattr(node.gossip, "unconfirmed", lambda: over.wait() and {})  # which /peers asks for
     slow = [connect(node) for _ in range(2)]
     for client in slow:
         client.send(request("GET", "/peers"))
