@@ -206,7 +206,7 @@ class Api:
         saved = self._store.wait_until_saved(*dot, timeout_s) if durable else None
         if acks is not None:
             left_s = max(0.0, deadline - time.monotonic())
-            reached = self._gossip.wait_for_acks(*dot, acks, time.monotonic, left_s)
+            reached = self._gossip.wait_for_acks(*dot, acks, left_s)
             done, fields = reached >= acks, f', "acks": {reached}'
         if durable:
             done, fields = done and saved, f'{fields}, "durable": {"true" if saved else "false"}'

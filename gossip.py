@@ -227,7 +227,7 @@ class Gossip:
             self._links.compare_soon(contact, now)
         if changes:
             log_changes(changes, len(self._table.active()))
-            self._confirmations.wake_all()  # a peer that is back counts again, and one that is gone does not
+            self._confirmations.membership_changed()
             gone = {change.address for change in changes if change.what in ("left", "restarted")}
             pushed = self._links.push_addresses()
             if len(pushed) < self._push_fanout or not gone.isdisjoint(pushed):
@@ -245,13 +245,13 @@ class Gossip:
         owed = {replica: sequence for replica, sequence in self._counter.vector().items() if replica not in active}
         return self._confirmations.unconfirmed(owed)
 
-    def wait_for_acks(self, replica, sequence, wanted, clock, timeout_s):
+    def wait_for_acks(self, replica, sequence, wanted, timeout_s):
         """Wait until that many nodes, this one included, hold a dot; return how many do."""
 
         def reached():
             return 1 + len(self._confirmations.holders(replica, sequence) & {id for id, _ in self._table.active()})
 
-        self._confirmations.wait((replica, sequence), lambda: reached() >= wanted, clock, timeout_s)
+        self._confirmations.wait(lambda: reached() >= wanted, timeout_s, (replica, sequence))
         return reached()
 
     def stop_waiting(self):
@@ -282,7 +282,7 @@ class Gossip:
             if self._is_handed_over(mine) or left_s <= 0:
                 peers = {peer.id for peer in self._table.snapshot(clock())}
                 return self._is_handed_over(mine), self._confirmations.held_by_none(mine, peers)
-            self._confirmations.wait(None, is_over, clock, min(RETRY_LOST_S, left_s))
+            self._confirmations.wait(is_over, min(RETRY_LOST_S, left_s))
 
     def _is_handed_over(self, mine):
         """Return whether all active peers hold `mine` and know that this node leaves, or if none is, others hold it."""

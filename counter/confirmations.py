@@ -6,6 +6,8 @@ what it holds in its own requests.
 
 import threading
 
+from counter.waiting import Waiters
+
 
 class Confirmations:
     """Which peer has confirmed what.  Threads may call anything at any time.
@@ -20,8 +22,7 @@ class Confirmations:
         self.vectors = {}
         self._heard_at = {}  # id of a peer -> when it last confirmed anything
         self._told_leaving = set()  # ids of peers that know that this node is leaving
-        self._waiting = {}  # threading.Event -> (replica, sequence), or None: who waits for a dot, or for any change
-        self._stopping = False  # waiters for acks return at once: the node is shutting down
+        self._waiters = Waiters(self._lock)  # who waits for acks of a dot, or for any change
         self.agreed = False  # vectors were equal when two nodes last compared them
 
     def confirm(self, peer, vector, now):
@@ -32,19 +33,14 @@ class Confirmations:
                 self.vectors.pop(peer, None)
             else:
                 self.vectors[peer], self._heard_at[peer] = vector, now
-            # Only the waiters concerned: with hundreds of them and hundreds of answers a second, waking
-            # all would cost the one times the other.
-            for event, dot in self._waiting.items():
-                if dot is None or before.get(dot[0], 0) < dot[1] <= (vector or {}).get(dot[0], 0):
-                    event.set()
+            if self._waiters:
+                self._waiters.advanced_locked(before, vector or {})
 
     def knows_of_leaving(self, peer):
         """Take note that a peer knows that this node is leaving."""
         with self._lock:
             self._told_leaving.add(peer)
-            for event, dot in self._waiting.items():
-                if dot is None:
-                    event.set()
+            self._waiters.wake_all_locked()
 
     def forget_idle(self, heard_before, kept):
         """Forget what was heard before that time, except of the peers `kept`.
@@ -83,33 +79,18 @@ class Confirmations:
 
     # Waiting.
 
-    def wait(self, dot, is_over, clock, timeout_s):
-        """Wait until is_over() is true, asked again whenever a peer has confirmed the dot (replica, sequence).
+    def wait(self, is_over, timeout_s, dot=None):
+        """Wait until is_over(), as Waiters.wait() does: for a dot to be confirmed by a peer, or for any change."""
+        self._waiters.wait(is_over, timeout_s, dot)
 
-        Where the dot is None, it is asked again at every change, also while the node stops.
-        """
-        deadline, event = clock() + timeout_s, threading.Event()
+    def membership_changed(self):
+        """Have all waiters ask anew: a peer that is back counts again, and one that is gone does not."""
         with self._lock:
-            self._waiting[event] = dot
-        try:
-            while not is_over() and (dot is None or not self._stopping):
-                if not event.wait(deadline - clock()):
-                    return
-                event.clear()
-        finally:
-            with self._lock:
-                del self._waiting[event]
-
-    def wake_all(self):
-        """Have all waiters ask again: the membership has changed."""
-        with self._lock:
-            for event in self._waiting:
-                event.set()
+            self._waiters.wake_all_locked()
 
     def stop_waiting(self):
         """Wake all who wait for a dot and refuse new waits; called when the node stops."""
-        self._stopping = True
-        self.wake_all()
+        self._waiters.stop()
 
 
 def _missing(vector, others, peers):

@@ -62,7 +62,7 @@ class Counter:
         self._cancellations = Cancellations()
         self._cancelled = {}  # replica of each cancellation -> 1
         self._vector = None  # the vector last handed out; None once out of date
-        self._waiters = Waiters(self.holds, self._lock)
+        self._waiters = Waiters(self._lock)
 
     @property
     def replica(self):
@@ -139,7 +139,7 @@ class Counter:
         """Take note that the history of a replica is now held through a sequence."""
         self._vector = None
         if self._waiters:
-            self._waiters.wake(replica, through)
+            self._waiters.reached_locked(replica, through)
 
     # Idempotency keys.
 
@@ -221,13 +221,15 @@ class Counter:
 
     def wait_until_held(self, replica, sequence, timeout_s):
         """Wait until this dot is applied here; return whether it is."""
-        return self._waiters.wait(replica, sequence, timeout_s)
+        if not self.holds(replica, sequence):
+            self._waiters.wait(lambda: self.holds(replica, sequence), timeout_s, (replica, sequence))
+        return self.holds(replica, sequence)
 
     def wake_on_change(self, vector, event):
         """Set a threading.Event at the next change, once; at once if `vector`, from vector(), is out of date."""
         with self._lock:
             if self._vector is vector:
-                self._waiters.watch(event)
+                self._waiters.watch_locked(event.set)
             else:
                 event.set()
 

@@ -44,12 +44,12 @@ class Store:
         self._path, self._counter, self._cluster, self._fsync = path, counter, cluster, fsync
         self._key_window_s, self._clock, self._wall = key_window_s, clock, wall
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
-        self._wake = threading.Event()  # look again: of the two below, or of the counter, something changed
-        self._urgent = self._stopping = False  # somebody waits for the next commit; the node stops
-        # Guards the five below.  Held for dictionary work only, never together with another.
+        self._wake = threading.Event()  # look again: somebody waits, the counter changed, or the node stops
+        self._stopping = False
+        # Guards the six below.  Held for dictionary work only, never together with another.
         self._lock = threading.Lock()
         self._saved = {}  # what the file holds for certain, {replica: sequence}; written by one thread
-        self._waiters = Waiters(self._holds_locked, self._lock)
+        self._waiters = Waiters(self._lock)  # who waits for a dot to be saved
         self._error = None  # why the last transaction failed
         self._complete_at = clock()  # when everything applied was in the file
         self._numbers = {"commits": 0, "errors": 0, "commit_seconds": 0.0}
@@ -95,7 +95,7 @@ class Store:
             return not self._thread.is_alive() and self._error is None and not self._lacks(self._counter.vector())
 
     def stop_waiting(self):
-        """Wake all who wait for a dot to be saved, and let nobody wait any more: the node stops."""
+        """Wake all who wait for a dot to be saved and refuse new waits; called when the node stops."""
         self._waiters.stop()
 
     # What others ask.
@@ -103,14 +103,20 @@ class Store:
     def wait_until_saved(self, replica, sequence, timeout_s):
         """Wait until a dot that is held here is in the file for certain; return whether it is.
 
-        While the file fails it is not, and nobody waits: what it held may be gone with it.
+        It is so at once, and False, while the file fails: what it held may be gone with it.
         """
-        self._urgent = True
-        self._wake.set()
-        return self._waiters.wait(replica, sequence, timeout_s)
 
-    def _holds_locked(self, replica, sequence):
-        return self._error is None and self._saved.get(replica, 0) >= sequence
+        def is_saved():
+            return self._saved.get(replica, 0) >= sequence
+
+        def is_over():
+            self._wake.set()  # the file has to be written to at once, for whoever waits
+            return self._error or is_saved()
+
+        if not is_over():
+            self._waiters.wait(is_over, timeout_s, (replica, sequence))
+        with self._lock:
+            return not self._error and is_saved()
 
     def status(self):
         """Return the Status of the file."""
@@ -140,13 +146,14 @@ class Store:
         """Wait until a commit is due; return False once the node stops and none is to come."""
         while True:
             self._wake.clear()
-            urgent, self._urgent = self._urgent, False  # before it looks: what is waited for was counted before
             vector, now = self._counter.vector(), self._clock()
             lacking = self._lacks(vector)
             if self._stopping:
                 return lacking and not self._given_up
+            with self._lock:
+                urgent = bool(self._waiters) and self._error is None
             due_at = self._pause_until if lacking or self._error else self._upkeep_at
-            if now >= due_at or (urgent and lacking and self._error is None):
+            if now >= due_at or (urgent and lacking):
                 return True
             if not lacking:
                 self._counter.wake_on_change(vector, self._wake)
@@ -179,10 +186,10 @@ class Store:
         self._failures = 0
         with self._lock:
             failed, self._error = self._error, None
-            self._waiters.resume()
-            self._saved.update({delta.replica: self._writer.vector[delta.replica] for delta in deltas})
             for delta in deltas:
-                self._waiters.wake(delta.replica, self._saved[delta.replica])
+                replica, through = delta.replica, self._writer.vector[delta.replica]
+                before, self._saved[replica] = self._saved.get(replica, 0), through
+                self._waiters.reached_locked(replica, through, before)
             if not self._lacks(vector):
                 self._complete_at = began
             self._numbers["commits"] += bool(deltas)
@@ -200,7 +207,7 @@ class Store:
         with self._lock:
             first, self._error = self._error is None, what
             self._numbers["errors"] += 1
-            self._waiters.suspend()
+            self._waiters.wake_all_locked()
         # A disk that stays full is one line, not one per try.
         log.log(logging.WARNING if first else logging.DEBUG, "data file failing: file=%s error=%s", self._path, what)
 

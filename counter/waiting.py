@@ -1,22 +1,26 @@
-"""Threads that wait until an increment has arrived, or until anything has."""
+"""Waiting for an increment: to arrive here, at other nodes, or in a file.
+
+This is the one place where a request blocks.  Who would rather be called than block a thread adds
+a function of its own, and asks again what it waits for when that is called.
+"""
 
 import threading
+import time
 
 
 class Waiters:
-    """Who waits for which dot to be held, and who for the next change.
+    """Who waits for which dot, and who for the next change of anything.
 
-    `holds(replica, sequence)` tells whether a dot is held; `lock` is the one under which that changes,
-    and under which wake() is called.
+    `lock` is the one of the object whose changes they wait for: it calls reached(), advanced() and
+    wake_all() under it.  What they call must neither block nor take that lock.
     """
 
-    def __init__(self, holds, lock):
-        self._holds, self._lock = holds, lock
+    def __init__(self, lock):
+        self._lock = lock
         # Guarded by the lock.
-        self._waiting = {}  # replica -> [(sequence, threading.Event)]
-        self._watching = set()  # of threading.Event: who wants to know of the next change
-        self._suspended = False  # waiters return at once
-        self._stopping = False  # and will for good: the node is shutting down
+        self._waiting = {}  # replica -> {wake: sequence}
+        self._watching = set()  # the wakes of those who want to know of the next change, once
+        self._stopping = False  # waiters return at once: the node is shutting down
 
     def __len__(self):
         """Return how many wait for a dot."""
@@ -26,47 +30,81 @@ class Waiters:
         """Return whether there is anybody to wake."""
         return bool(self._waiting or self._watching)
 
-    def wait(self, replica, sequence, timeout_s):
-        """Wait until a dot is held; return whether it is."""
-        event = threading.Event()
+    # For those who wait.
+
+    def add(self, wake, replica, sequence):
+        """Have wake() called whenever a dot may have come, until it is removed."""
         with self._lock:
-            if self._suspended or self._holds(replica, sequence):
-                return self._holds(replica, sequence)
-            self._waiting.setdefault(replica, []).append((sequence, event))
-        event.wait(timeout_s)
+            self._waiting.setdefault(replica, {})[wake] = sequence
+
+    def remove(self, wake, replica):
         with self._lock:
-            waiting = self._waiting.get(replica, [])
-            waiting[:] = [entry for entry in waiting if entry[1] is not event]
-            if not waiting:
-                self._waiting.pop(replica, None)
-            return self._holds(replica, sequence)
+            wakes = self._waiting[replica]
+            del wakes[wake]
+            if not wakes:
+                del self._waiting[replica]
 
-    def watch(self, event):
-        """Set a threading.Event at the next change, once.  Under the lock."""
-        self._watching.add(event)
+    def watch_locked(self, wake):
+        """Have wake() called at the next change of anything, once."""
+        self._watching.add(wake)
 
-    def wake(self, replica, through):
-        """Wake who waits for what has become held: a replica, through a sequence.  Under the lock."""
-        for event in self._watching:
-            event.set()
-        self._watching.clear()
-        for sequence, event in self._waiting.get(replica, ()):
-            if sequence <= through:
-                event.set()
+    def wait(self, is_over, timeout_s, dot=None):
+        """Wait until is_over() is true, which is asked anew whenever the dot (replica, sequence) may have come.
 
-    def suspend(self):
-        """Wake all waiters for dots, and let nobody wait until resume().  Under the lock."""
-        self._suspended = True
-        for entries in self._waiting.values():
-            for _, event in entries:
-                event.set()
-
-    def resume(self):
-        """Let threads wait again.  Under the lock."""
-        self._suspended = self._stopping
+        It ends when the node stops.  Without a dot, is_over() is asked at every change, also then.
+        """
+        event, deadline = threading.Event(), time.monotonic() + timeout_s
+        if dot:
+            self.add(event.set, *dot)
+        try:
+            while True:
+                event.clear()
+                if not dot:
+                    with self._lock:
+                        self.watch_locked(event.set)
+                over = is_over() or (dot and self._stopping)
+                if over or not event.wait(deadline - time.monotonic()):
+                    return
+        finally:
+            if dot:
+                self.remove(event.set, dot[0])
+            else:
+                with self._lock:
+                    self._watching.discard(event.set)
 
     def stop(self):
-        """Wake all waiters for dots and refuse new waits; called when the node stops."""
+        """Wake all who wait for a dot and refuse new waits; called when the node stops."""
         with self._lock:
             self._stopping = True
-            self.suspend()
+            self.wake_all_locked()
+
+    # For those whose changes they wait for, who hold the lock.
+
+    def reached_locked(self, replica, through, after=0):
+        """Wake who waits for a dot of that replica from after `after` to `through`; nobody else.
+
+        Hundreds may wait while hundreds of changes come in a second.
+        """
+        if self._watching:
+            self._tell_watching_locked()
+        for wake, sequence in self._waiting.get(replica, {}).items():
+            if after < sequence <= through:
+                wake()
+
+    def advanced_locked(self, before, after):
+        """Wake who waits for a dot that is in the vector `after`, and was not in the vector `before`."""
+        self._tell_watching_locked()
+        for replica in self._waiting:
+            self.reached_locked(replica, after.get(replica, 0), before.get(replica, 0))
+
+    def wake_all_locked(self):
+        """Have all waiters ask anew."""
+        self._tell_watching_locked()
+        for wakes in self._waiting.values():
+            for wake in wakes:
+                wake()
+
+    def _tell_watching_locked(self):
+        for wake in self._watching:
+            wake()
+        self._watching.clear()

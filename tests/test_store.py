@@ -152,7 +152,7 @@ def test_waiting_ends_with_the_timeout_and_when_the_node_stops(opened, monkeypat
     results = []
     thread = threading.Thread(target=lambda: results.append(store.wait_until_saved(*dot, 60)))
     thread.start()
-    wait_until(lambda: len(store._waiters) == 1)
+    wait_until(lambda: store._waiters)
     store.stop_waiting()
     thread.join(10)
     assert results == [False]
