@@ -18,7 +18,6 @@ half of that is asked directly before it is given up.  benchmarks/simulate.py me
 
 import itertools
 import logging
-import math
 import random
 import threading
 import time
@@ -26,23 +25,22 @@ from collections import deque, namedtuple
 from operator import attrgetter
 
 from counter import __version__
+from counter.detector import Detector
 from counter.probing import Seeds
 from counter.roster import ACTIVE, FORGOTTEN, LOST, UNVERIFIED, Roster
 from counter.wire import BEAT_MAX, Sender, View
 
 log = logging.getLogger("counter.peers")
 
-LOST_MAX = 64  # lost peers probed for ever; older ones are forgotten
 # Peers in a message: the latest met, and all others in turn.  The chance not to have heard of a peer for so
 # long falls with e to the power of it: at 1,000 nodes with 10 % loss, 192 had one removed in 10 minutes.
 VIEW_MAX = 256
 RECENT_MAX = 32  # of these, peers met directly: what is known of them is new to most
-TIMEOUT_GROWTH = 3.0  # intervals of allowed silence per power of ten of the cluster's size, beyond the fan-out
 DEPARTURE_TIMEOUTS = 10  # how long a departure is passed on, in peer timeouts
 CONFLICT = "advertises this node's address"  # a Change, as for two nodes behind one load balancer
 CONFLICT_REPORT_S = 600.0  # between two reports of that
 NEVER = float("inf")
-_ENTRY, _LAST_HEARD = attrgetter("entry"), attrgetter("last_heard")
+_ENTRY = attrgetter("entry")
 
 Sweep = namedtuple("Sweep", "contact seeds changes")  # addresses, names to resolve, [Change]
 Change = namedtuple("Change", "what id address")
@@ -71,11 +69,11 @@ class PeerTable:
         self._id, self._address, self._beat = replica, address, 0
         self._leaving = self._ready = False
         self._roster = Roster()
+        self._detector = Detector(self._roster, heartbeat_interval_s, peer_timeout_s, fanout, rng)
         self._shown = 0  # the index in roster.active at which the next view goes on
         self._recent_contacts = deque(maxlen=RECENT_MAX)  # the peers that were met directly, the latest last
         self._departures = {}  # id -> (its last beat, until when to pass on that it left)
         self._seeds = Seeds(seeds)
-        self._swept_at = None
         self._conflict_reported_at = -NEVER
 
     @property
@@ -193,89 +191,15 @@ class PeerTable:
     def sweep(self, now):
         """Raise the beat, drop the silent, and return whom to contact now, as a Sweep."""
         with self._lock:
-            self._forgive_lateness_locked(now)
             self._beat += 1
-            silent, changes = self._drop_silent_locked(now)
+            silent, lost = self._detector.look(now)
             self._roster.forget_owners(self._id)
             self._departures = {id: (beat, until) for id, (beat, until) in self._departures.items() if now < until}
-            probes = self._probes_locked(now)
-            heartbeats = self._heartbeats_locked(silent, len(probes))
+            probes = self._detector.probes(now, self._address)
+            heartbeats = self._detector.heartbeats(silent, len(probes))
             eager = not self._ready  # it has to find those that hold the counts before the join timeout
             seeds = self._seeds.due(now, self._interval_s, self._rng, self._is_found_locked, eager)
-            return Sweep(heartbeats + probes, seeds, changes)
-
-    def _drop_silent_locked(self, now):
-        """Return (active peers that are about to fail, [Change] of those that did)."""
-        failure_timeout_s = self._failure_timeout_s_locked()
-        silent, changes = [], []
-        for peer in list(self._roster.peers.values()):
-            silent_s = now - peer.last_heard
-            if silent_s > failure_timeout_s:
-                if peer.state == ACTIVE:
-                    self._roster.move(peer, LOST)
-                    changes.append(Change("lost", peer.id, peer.address))
-                elif peer.state == UNVERIFIED:
-                    self._roster.move(peer, FORGOTTEN)
-            elif silent_s > failure_timeout_s / 2 and peer.state == ACTIVE:
-                silent.append(peer)
-        lost = sorted((peer for peer in self._roster.inactive() if peer.state == LOST), key=_LAST_HEARD)
-        for peer in lost[:-LOST_MAX]:
-            self._roster.move(peer, FORGOTTEN)
-        return silent, changes
-
-    def _failure_timeout_s_locked(self):
-        """Return for how long a peer may be silent: what reaches fewer than all takes its time."""
-        if not self._is_large_locked():
-            return self._timeout_s
-        return max(self._timeout_s, TIMEOUT_GROWTH * math.log10(len(self._roster.peers) + 1) * self._interval_s)
-
-    def _is_large_locked(self):
-        """Return whether there are too many peers to contact each of them in every interval."""
-        return len(self._roster.peers) > self._fanout
-
-    def _forgive_lateness_locked(self, now):
-        # After a pause, this node cannot tell whether the peers were silent or it was not listening, so
-        # it extends their deadlines by its own lateness (Lifeguard).  A tenth of an interval is the
-        # ordinary unevenness of a thread's waking up.
-        late_s = now - self._swept_at - 1.1 * self._interval_s if self._swept_at is not None else 0
-        self._swept_at = now
-        if late_s > 0:
-            for peer in self._roster.peers.values():
-                peer.last_heard = min(now, peer.last_heard + late_s)  # some were heard again before this sweep
-
-    def _heartbeats_locked(self, silent, probes):
-        """Return the addresses of the active peers that get a heartbeat now, beside that many probes.
-
-        A peer that gossip has not mentioned for half the failure timeout is asked directly before it
-        is declared lost.  At most a quarter of the fan-out is used for this: in a partition half
-        the peers fall silent at once, and the rest still need heartbeats.
-        """
-        active = self._roster.active
-        if len(active) <= self._fanout:
-            return [peer.address for peer in active]
-        most = max(1, self._fanout // 4)
-        silent = sorted(silent, key=_LAST_HEARD)[: 4 * most]  # some of them may be dead
-        asked = self._rng.sample(silent, min(most, len(silent)))
-        picked = asked + self._rng.sample(active, self._fanout)
-        addresses = list(dict.fromkeys(peer.address for peer in picked))
-        return addresses[: max(1, self._fanout - probes)]
-
-    def _probes_locked(self, now):
-        """Return the addresses of the inactive peers to probe now.
-
-        Oldest first; otherwise many dead peers could starve the live ones.  Of those never probed,
-        the one that was heard of last.
-        """
-        waiting = sorted(self._roster.inactive(), key=lambda peer: (peer.probe.due_at, -peer.last_heard))
-        # In a large cluster what others probe is enough, once there are others.
-        most = max(1, self._fanout - len(self._roster.active)) if self._is_large_locked() else self._fanout
-        due = []
-        for peer in waiting:
-            if len(due) == most:
-                break
-            if peer.address != self._address and peer.probe.take(now, self._interval_s, self._rng):
-                due.append(peer.address)
-        return due
+            return Sweep(heartbeats + probes, seeds, [Change("lost", peer.id, peer.address) for peer in lost])
 
     def _is_found_locked(self, addresses):
         """Return whether an active peer answered at one of these addresses."""
@@ -362,7 +286,7 @@ class PeerTable:
 
     def _heard_of_inactive_locked(self, peer, now, contact, changes):
         """Take note that the beat of a peer has risen, by what others say."""
-        if self._is_large_locked() and (peer.state == UNVERIFIED or peer.advanced_since_lost):
+        if self._detector.is_large() and (peer.state == UNVERIFIED or peer.advanced_since_lost):
             # Too many to contact everyone.  Somebody has heard it beat, and again just now.
             peer.last_heard = now
             self._activate_locked(peer, changes)
@@ -385,7 +309,7 @@ class PeerTable:
 
     def _is_eager_locked(self):
         """Return whether to contact newly heard-of peers at once, rather than wait for their beat to rise."""
-        return not self._is_large_locked() or len(self._roster.active) < self._fanout
+        return not self._detector.is_large() or len(self._roster.active) < self._fanout
 
     def _activate_locked(self, peer, changes):
         changes.append(Change("back" if peer.state == LOST else "joined", peer.id, peer.address))
