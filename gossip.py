@@ -55,7 +55,7 @@ class Gossip:
             self._table.become_ready()
 
     def _follow_membership(self, now):
-        """Choose whom to push to, and forget what is not needed any more."""
+        """Choose the push links, and drop links and vectors that are not used any more."""
         chosen = self._table.choose(self._links.push_addresses(), self._push_fanout)
         self._links.push_to(chosen, now)
         lost = {peer.id for peer in self._table.snapshot(now) if peer.state == LOST}
@@ -238,8 +238,8 @@ class Gossip:
     def unconfirmed(self):
         """Return {id of a peer: number of increments it has yet to confirm}, of all that have confirmed any.
 
-        Those that this node has to see to: its own, and those of nodes that are gone.  What active
-        nodes count they push themselves; that it arrived this node hears later, from a heartbeat.
+        Only increments that this node has to deliver are included: its own, and those of nodes that are
+        gone.  Active nodes push their own; this node learns from a heartbeat, later, that they arrived.
         """
         active = {id for id, _ in self._table.active()}
         owed = {replica: sequence for replica, sequence in self._counter.vector().items() if replica not in active}
@@ -255,7 +255,7 @@ class Gossip:
         return reached()
 
     def stop_waiting(self):
-        """Let everyone go who waits for acks, now and from now on: the node is stopping."""
+        """Wake all who wait for acks and refuse new waits; called when the node stops."""
         self._confirmations.stop_waiting()
 
     def drain(self, clock, timeout_s):
@@ -285,7 +285,10 @@ class Gossip:
             self._confirmations.wait(is_over, min(RETRY_LOST_S, left_s))
 
     def _is_handed_over(self, mine):
-        """Return whether all active peers hold `mine` and know that this node leaves, or if none is, others hold it."""
+        """Return whether all active peers hold `mine` and know that this node leaves.
+
+        If none is active, return whether those that are lost hold it between them.
+        """
         states = {peer.id: peer.state for peer in self._table.snapshot(0.0)}
         active, vectors = [id for id, state in states.items() if state == ACTIVE], self._confirmations.vectors
         if not active:

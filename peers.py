@@ -2,18 +2,16 @@
 
 PeerTable is pure: addresses, beats and states; what depends on time takes `now`, in seconds of
 any clock that only moves forward.  Heartbeat is the one thread here: it sweeps the table.  This
-file knows neither counters nor sockets; whom to contact it says, and others do it.
+file knows neither counters nor sockets; it says whom to contact, and others do so.
 
 A node is its replica id; an address is only where an id last answered.  Every node raises its
-own *beat* once an interval, and beats travel by gossip, so that a silent node is noticed by
-everyone without everyone asking it (van Renesse, Minsky, Hayden, "A Gossip-Style Failure
-Detection Service", 1998).  A node that sweeps late forgives the others its own lateness
-(Dadgar, Phillips, Currey, "Lifeguard", 2017).
+own *beat* once an interval, and beats travel by gossip, so everyone notices a silent node without
+asking it; counter/detector.py decides which peers have failed.
 
 What a node sends in an interval does not grow with the cluster: beyond `fanout` peers it contacts
-some at random, and a message carries a bounded part of the membership.  News then needs a time
-that grows with log N to go round, so the allowed silence grows with it, and whoever is silent for
-half of that is asked directly before it is given up.  benchmarks/simulate.py measures all this.
+some at random, and a message carries a bounded part of the membership.  Gossip then takes a time
+that grows with log N to reach everyone, so the failure timeout grows with it, and a peer that has
+been silent for half of it is asked directly.  benchmarks/simulate.py measures all this.
 """
 
 import itertools
@@ -32,10 +30,10 @@ from counter.wire import BEAT_MAX, Sender, View
 
 log = logging.getLogger("counter.peers")
 
-# Peers in a message: the latest met, and all others in turn.  The chance not to have heard of a peer for so
-# long falls with e to the power of it: at 1,000 nodes with 10 % loss, 192 had one removed in 10 minutes.
+# Peers in a message: the latest contacts, and all others in turn.  The chance of a false removal falls
+# exponentially with this number: at 1,000 nodes with 10 % loss, 192 caused one in 10 minutes.
 VIEW_MAX = 256
-RECENT_MAX = 32  # of these, peers met directly: what is known of them is new to most
+RECENT_MAX = 32  # of these, recent contacts: their beats are news to most other nodes
 DEPARTURE_TIMEOUTS = 10  # how long a departure is passed on, in peer timeouts
 CONFLICT = "advertises this node's address"  # a Change, as for two nodes behind one load balancer
 CONFLICT_REPORT_S = 600.0  # between two reports of that
@@ -71,7 +69,7 @@ class PeerTable:
         self._roster = Roster()
         self._detector = Detector(self._roster, heartbeat_interval_s, peer_timeout_s, fanout, rng)
         self._shown = 0  # the index in roster.active at which the next view goes on
-        self._recent_contacts = deque(maxlen=RECENT_MAX)  # the peers that were met directly, the latest last
+        self._recent_contacts = deque(maxlen=RECENT_MAX)  # peers that were heard directly, the latest last
         self._departures = {}  # id -> (its last beat, until when to pass on that it left)
         self._seeds = Seeds(seeds)
         self._conflict_reported_at = -NEVER
@@ -81,29 +79,29 @@ class PeerTable:
         return self._address
 
     def advertise(self, address):
-        """Say under which address this node can be reached, unless that is known already."""
+        """Set the address under which this node can be reached, unless it is known already."""
         with self._lock:
             self._address = self._address or address
 
     def rename(self, replica):
-        """Take on a new replica id; the old one may be that of another node, which goes on under it."""
+        """Take a new replica id; another node may go on under the old one, and is then a peer."""
         with self._lock:
             self._roster.bury(self._id, self._beat)
             self._id = replica
 
     def become_ready(self):
-        """Say from now on, in every message, that this node is ready."""
+        """Announce in every message from now on that this node is ready."""
         with self._lock:
             self._ready = True
 
     def leave(self):
-        """Say from now on, in every message, that this node is leaving."""
+        """Announce in every message from now on that this node is leaving."""
         with self._lock:
             self._leaving = True
             self._beat += 1
 
     def describe(self):
-        """Return what a message says of this node and of those it knows: (Sender, View)."""
+        """Return what a message says of this node and of its peers: (Sender, View)."""
         with self._lock:
             newest = itertools.islice(reversed(self._departures.items()), VIEW_MAX)
             return self._sender_locked(), View(self._shown_locked(), [(id, beat) for id, (beat, _) in newest])
@@ -119,8 +117,8 @@ class PeerTable:
     def _shown_locked(self):
         """Return what a message says of the active peers: of all, or of some.
 
-        In turn, everyone is shown by everyone every N / VIEW_MAX messages or so.  The latest met come
-        along, since their beats are the freshest there are: that spreads news in half the messages.
+        They take turns, so each is shown about every N / VIEW_MAX messages.  Recent contacts are always
+        included, since their beats are the freshest: gossip then needs half as many messages.
         """
         active = self._roster.active
         if len(active) <= VIEW_MAX:
@@ -131,7 +129,7 @@ class PeerTable:
         return recent + list(map(_ENTRY, active[start : self._shown]))
 
     def id_at(self, address):
-        """Return the id that answers at an address, or most likely does; None if none is known there."""
+        """Return the id that answers at an address, as far as is known, or None."""
         with self._lock:
             return self._roster.owners.get(address) or next((peer.id for peer in self._roster.at(address)), None)
 
@@ -142,11 +140,11 @@ class PeerTable:
 
     @property
     def has_heard_of_peers(self):
-        """Whether this node has ever heard of any other, be it through gossip."""
+        """Whether this node has ever heard of another one, directly or through gossip."""
         return self._roster.has_had_peers
 
     def present(self):
-        """Return the ids of the peers that somebody has heard of lately, save those that claim the own address."""
+        """Return the ids of the active and unverified peers, except those that claim this node's address."""
         with self._lock:
             peers = self._roster.peers.values()
             return [peer.id for peer in peers if peer.state != LOST and peer.address != self._address]
@@ -157,12 +155,12 @@ class PeerTable:
             return self._seeds.addresses()
 
     def choose(self, kept, most):
-        """Return the addresses of that many active peers: those of `kept` that are, then random ones."""
+        """Return the addresses of up to `most` active peers: first those among `kept`, then random ones."""
         with self._lock:
             active = self._roster.active
             chosen = {address: None for address in kept if self._roster.has_active(address)}
             if len(chosen) == most < len(active):
-                # All are first told of the seed they join through.  It is not to be kept by all.
+                # All nodes first meet the seed they join through; without this, all would keep it.
                 del chosen[self._rng.choice(list(chosen))]
             for peer in self._rng.sample(active, min(len(active), most + len(chosen))):
                 if len(chosen) < most:
@@ -179,17 +177,17 @@ class PeerTable:
             ]
 
     def resolved(self, name, addresses):
-        """Take note of what a seed's name resolves to; return which of these addresses to contact."""
+        """Record what a seed's name resolves to; return which of these addresses to contact."""
         with self._lock:
             self._seeds.resolved(name, addresses)
-            # Where a peer answered that says it is elsewhere, or this node, another may answer now: it may
-            # be a load balancer's address.
+            # An address where this node answered, or a peer that advertises another one, may be a load
+            # balancer's: a different node may answer there now.
             return [a for a in addresses if a != self._address and not self._roster.has_active(a)]
 
     # Once an interval.
 
     def sweep(self, now):
-        """Raise the beat, drop the silent, and return whom to contact now, as a Sweep."""
+        """Raise the beat, drop failed peers, and return whom to contact now, as a Sweep."""
         with self._lock:
             self._beat += 1
             silent, lost = self._detector.look(now)
@@ -211,9 +209,9 @@ class PeerTable:
     def heard(self, sender, view, now, answered_at=None):
         """Take in what a message says; return (addresses to contact at once, [Change]).
 
-        `answered_at` is the address that was contacted, if the message is an answer.  Its sender is
-        alive, since no message is taken twice, and with an answer it owns that address; of others
-        it proves what it says only by a beat that is greater than the one known.
+        `answered_at` is the address that was contacted, if the message is an answer; the sender then
+        owns that address.  A message proves its sender alive, since none is accepted twice.  What it
+        says of other nodes proves them alive only by a beat that is greater than the known one.
         """
         with self._lock:
             contact, changes = [], []
@@ -248,7 +246,7 @@ class PeerTable:
             return
         address = sender.address or answered_at
         if not address or (sender.id in self._departures and sender.beat <= known_beat):
-            return  # what was on its way as a node left does not bring it back
+            return  # sent before the node said that it leaves
         peer = roster.peers.get(sender.id) or roster.add(sender.id, address, sender.beat, now)
         roster.update(peer, address, max(known_beat, sender.beat))
         peer.last_heard, peer.version = now, sender.version
@@ -261,18 +259,18 @@ class PeerTable:
             return
         owner = roster.owner(address)
         if not answered_at and owner and owner is not peer and owner.state == ACTIVE:
-            contact.append(address)  # somebody else answered there: who does now?
+            contact.append(address)  # another peer answered there last: ask which one does now
             return
         self._activate_locked(peer, changes)
 
     def _report_conflict_locked(self, id, now, changes):
-        """Report a peer that says it is where this node is: neither would ever dial the other."""
+        """Report a peer that advertises this node's address: neither would ever dial the other."""
         if now - self._conflict_reported_at >= CONFLICT_REPORT_S:
             self._conflict_reported_at = now
             changes.append(Change(CONFLICT, id, self._address))
 
     def _claim_address_locked(self, address, id, changes):
-        """Take note that this id answered at an address: no other one lives there."""
+        """Record that this id answered at an address, so no other id is there."""
         former = self._roster.owners.get(address)
         self._roster.owners[address] = id
         for peer in self._roster.at(address):
@@ -281,13 +279,13 @@ class PeerTable:
             if peer.id == former:
                 changes.append(Change("restarted", peer.id, address))
             if peer.id == former or peer.state != ACTIVE:
-                # Only a greater beat can bring it back: if it lives after all, it has one.
+                # If it is alive after all, its next message or a greater beat brings it back.
                 self._roster.move(peer, FORGOTTEN)
 
     def _heard_of_inactive_locked(self, peer, now, contact, changes):
-        """Take note that the beat of a peer has risen, by what others say."""
+        """Record that gossip shows a greater beat of an inactive peer."""
         if self._detector.is_large() and (peer.state == UNVERIFIED or peer.advanced_since_lost):
-            # Too many to contact everyone.  Somebody has heard it beat, and again just now.
+            # There are too many peers to contact each; its beat has risen twice.
             peer.last_heard = now
             self._activate_locked(peer, changes)
         else:
@@ -301,7 +299,7 @@ class PeerTable:
         if id == self._id:
             self._outlive_locked(beat)
         elif beat > self._roster.beat_of(id):
-            if address == self._address and id in self._roster.tombstones:  # no predecessor: it goes on beating
+            if address == self._address and id in self._roster.tombstones:  # its beat rises, so it is no predecessor
                 self._report_conflict_locked(id, now, changes)
             self._roster.add(id, address, beat, now)
             if self._is_eager_locked():
@@ -316,14 +314,14 @@ class PeerTable:
         self._roster.move(peer, ACTIVE)
 
     def _departed_locked(self, id, beat, now, changes):
-        """Take note that an id has left, with this beat as its last."""
+        """Record that an id has left, with this beat as its last."""
         if id == self._id:
             if not self._leaving:
                 self._outlive_locked(beat + 1)
             return
         peer, known_beat = self._roster.peers.get(id), self._roster.beat_of(id)
         if beat < known_beat or (beat == known_beat and not peer):
-            return  # it has been heard of since, or this is known already
+            return  # it has been alive since then, or this is known already
         if peer:
             if peer.state != UNVERIFIED:
                 changes.append(Change("left", id, peer.address))
@@ -333,11 +331,12 @@ class PeerTable:
         self._departures[id] = beat, now + DEPARTURE_TIMEOUTS * self._timeout_s
 
     def _outlive_locked(self, beat):
-        """Raise the own beat to one that others remember: this machine was set back, or somebody left under its id.
+        """Raise the own beat to one that others remember of this id.
 
-        Otherwise they would not believe its own beats until it has caught up.
+        They remember a greater one if this machine was restored from a snapshot, or if another process
+        left under this id.  Until the beat has caught up, gossip about this node would prove nothing.
         """
-        if self._beat < beat < BEAT_MAX // 2:  # or a lie could exhaust it
+        if self._beat < beat < BEAT_MAX // 2:  # otherwise a faulty message could exhaust the range
             self._beat = beat
 
 

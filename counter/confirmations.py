@@ -26,7 +26,7 @@ class Confirmations:
         self.agreed = False  # vectors were equal when two nodes last compared them
 
     def confirm(self, peer, vector, now):
-        """Take note of what a peer holds: it replaces what was known before.  None: nothing is known any more."""
+        """Record what a peer holds, in place of what was known before; None if nothing is known any more."""
         with self._lock:
             before = self.vectors.get(peer) or {}
             if vector is None:
@@ -37,7 +37,7 @@ class Confirmations:
                 self._waiters.advanced_locked(before, vector or {})
 
     def knows_of_leaving(self, peer):
-        """Take note that a peer knows that this node is leaving."""
+        """Record that a peer knows that this node is leaving."""
         with self._lock:
             self._told_leaving.add(peer)
             self._waiters.wake_all_locked()
@@ -55,7 +55,7 @@ class Confirmations:
     # What others ask.
 
     def holders(self, replica, sequence):
-        """Return the ids of the peers that hold a dot: the one that counted it does anyway."""
+        """Return the ids of the replicas that are known to hold a dot; the one that counted it does anyway."""
         with self._lock:
             holders = {peer for peer, vector in self.vectors.items() if vector.get(replica, 0) >= sequence}
         return holders | {replica}
@@ -84,7 +84,7 @@ class Confirmations:
         self._waiters.wait(is_over, timeout_s, dot)
 
     def membership_changed(self):
-        """Have all waiters ask anew: a peer that is back counts again, and one that is gone does not."""
+        """Have all waiters check again: a peer that is back counts again, and one that is gone does not."""
         with self._lock:
             self._waiters.wake_all_locked()
 

@@ -1,13 +1,13 @@
 """When a node has joined its cluster: when clients may rely on what it counts.
 
-A node without seeds is ready at once.  Another is ready once it has caught up with a peer that is
-itself ready; two that are empty do not make each other so, since a third may hold the counts.  Where
-nobody is ready, as when all start together, a node is ready after the join timeout, if it has
-caught up with every peer it has heard of, and no seed refuses it.
+A node without seeds is ready at once.  Any other is ready once it has caught up with a peer that is
+itself ready: two empty nodes must not make each other ready, since a third may hold the counts.  If no
+peer is ready, as when all start together, a node is ready after the join timeout, provided that it
+has caught up with every peer it has heard of, and that no seed refuses it.
 
-That is no deadlock: of the nodes that can reach each other, one has heard of all in the end, and makes
-the others ready.  A node waits for ever only if it has been told of increments that nobody
-gives it, or while a seed refuses it, and then says so.
+This cannot deadlock: among nodes that can reach each other, one eventually has heard of all, becomes
+ready, and makes the others ready.  A node waits for ever only if it was told of increments that no
+other node gives it, or while a seed refuses it; the log and /readyz then say so.
 """
 
 import logging
@@ -42,7 +42,7 @@ class Joining:
         self.waits_for = "a peer that is ready"
 
     def heard(self, peer, is_ready, vector, mine):
-        """Take note of what a peer says that it holds, and whether it is ready; `mine` is the vector of this node."""
+        """Record what a peer holds and whether it is ready; `mine` is the vector of this node."""
         with self._lock:
             if self.ready:
                 return

@@ -3,9 +3,8 @@
 Pure: it knows no socket, and what depends on time takes `now`.  Nothing is scheduled per
 increment: **a push is due as long as the peer has confirmed less than this node has counted.**
 
-A send holds a thread until it ends.  So that addresses that do not answer delay nobody, only some
-sends may be under way at a time that may well last until their timeout; the other threads are
-for the links that work.
+A send holds a thread until it ends.  Sends that may last until their timeout are limited in number, and
+the other threads serve the links that work, so addresses that do not answer delay no live peer.
 """
 
 import logging
@@ -38,7 +37,7 @@ def cause(error):
 
 
 class PeerRefuses(ValueError):
-    """A node answers, but does not want to know this one: it has another secret, say, or is of another cluster."""
+    """A node answers, but refuses this one: it has another secret, for example, or is of another cluster."""
 
 
 class Link:
@@ -88,14 +87,14 @@ class Links:
         self._in_flight = {}  # the links that a message is on its way over, as an ordered set
         self._push_links = {}  # the links that increments are pushed to at once, as an ordered set
         self._closed = False
-        # A worker waits, and an increment now would make a push due that it does not wait for.  Whoever
-        # counts reads this without the lock.
+        # A worker waits, and an increment now would make a push due that it does not wait for.  It is
+        # read without the lock, once per increment.
         self.asleep = False
 
     # What makes a link due.
 
     def wake(self):
-        """Have a worker look what is due after an increment, where none would by itself."""
+        """Have a worker look for due links after an increment, if none would by itself."""
         if self.asleep:
             with self._lock:
                 self.asleep = False
@@ -139,7 +138,7 @@ class Links:
             self._due_changed.notify()  # the new ones may lack something
 
     def heard_from(self, address):
-        """Take note that a peer there has sent a heartbeat: most likely it can be reached again."""
+        """Record that the peer at an address has sent a heartbeat: it can probably be reached again."""
         with self._lock:
             link = self._link_locked(address)
             link.retry_at, link.has_called = -NEVER, True
@@ -215,8 +214,8 @@ class Links:
     def next_link(self, clock):
         """Wait until a link is due and return it, now in flight; None once closed.
 
-        One worker waits for the time at which the next link becomes due, all others to take its
-        place once it has a link: or all would wake up at that time.
+        One worker waits until the next link becomes due; the others wait to take its place once it has
+        a link.  Otherwise all of them would wake up for each link.
         """
         with self._lock:
             while not self._closed:
@@ -236,7 +235,7 @@ class Links:
         return None
 
     def close(self):
-        """Let all workers go that wait for a link, now and from now on."""
+        """Wake all workers that wait for a link and refuse new waits; called when the node stops."""
         with self._lock:
             self._closed = True
             self._due_changed.notify_all()
@@ -256,9 +255,9 @@ class Links:
         if working:
             _, link = min(working, key=lambda entry: entry[0])
         elif sum(link.is_doubtful(now) for link in self._in_flight) < self._doubtful_max:
-            # A peer that failed once comes before all the dead, but they have their turn as well.
+            # A peer that failed once comes before those that fail all the time, but these get their turn too.
             _, link = min(due, key=lambda entry: entry[0] + FAILURE_S * min(entry[1].failures, FAILURES_MAX))
-        else:  # one that has to wait is taken at the end of another send
+        else:  # the end of another send notifies the worker that waits
             return None, next_at
         link.in_flight, link.last_sent_at = True, now
         self._in_flight[link] = None
@@ -270,10 +269,10 @@ class Links:
         return link, next_at
 
     def answered(self, link, peer, again=False, hold=False, now=0.0):
-        """Take note that `peer`, a replica id, gave a good answer; the link is free again.
+        """Record that `peer`, a replica id, gave a good answer; the link is free again.
 
-        With `again`, vectors are compared with it once more, soon; with `hold`, nothing is pushed
-        to it before it has answered a heartbeat.
+        With `again`, compare vectors once more, soon; with `hold`, push nothing until a heartbeat is
+        answered.
         """
         with self._lock:
             recovered, link.failures, link.refusal = link.failures > 0, 0, None
@@ -286,9 +285,9 @@ class Links:
             log.info("recovered: addr=%s", link.address)
 
     def introduced(self, link, peer, now):
-        """Take note that `peer` answers there and has yet to be told something, which is due at once.
+        """Record that `peer` answers at that address; what was to be sent is due at once.
 
-        Return whether that is so; where it was so already, the link is not free yet.
+        Return False if that was so before as well; the link is not free then.
         """
         with self._lock:
             link.peer = peer
@@ -300,7 +299,7 @@ class Links:
             return True
 
     def failed(self, link, error, now):
-        """Take note that a send came to nothing; the link is free again."""
+        """Record that a send got no good answer; the link is free again."""
         with self._lock:
             link.failures += 1
             first = link.failures == 1
@@ -308,23 +307,23 @@ class Links:
                 link.refusal = str(error)
             link.retry_at = now + backoff_s(link.failures, self._backoff_s, self._backoff_max_s, self._rng)
             self._unschedule_locked(link)
-            if link in self._push_links:  # others are tried again by the sweeps alone
+            if link in self._push_links:  # other links are retried by sweeps only
                 self._schedule_locked(link, link.retry_at)
             self._release_locked(link)
-        # A peer that stays down is one line, not one per try.  One that never answered may not have started yet.
+        # Log a peer that stays down once, not per try.  One that never answered may not have started yet.
         starting = link.peer is None and not link.has_called and isinstance(error, OSError)
         level = logging.DEBUG if not first else logging.INFO if starting else logging.WARNING
         what = "no answer yet" if starting else "retrying"
         log.log(level, "%s: addr=%s error=%s", what, link.address, cause(error))
 
     def released(self, link):
-        """Take note that there was nothing to send, or that a seed was resolved; the link is free again."""
+        """Record that there was nothing to send, or that a seed was resolved; the link is free again."""
         self.answered(link, link.peer)
 
     def _release_locked(self, link):
         link.in_flight = link.introduced = False
         self._in_flight.pop(link, None)
-        self._due_changed.notify()  # it may be due again, and another may have waited for its end
+        self._due_changed.notify()  # this link may be due again, or another may have waited for a worker
 
 
-_NOTHING = {}  # what a peer is known to hold that has said nothing yet
+_NOTHING = {}  # the vector of a peer that has confirmed nothing yet

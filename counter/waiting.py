@@ -81,9 +81,9 @@ class Waiters:
     # For those whose changes they wait for, who hold the lock.
 
     def reached_locked(self, replica, through, after=0):
-        """Wake who waits for a dot of that replica from after `after` to `through`; nobody else.
+        """Wake those who wait for a dot of that replica with after < sequence <= through, and no others.
 
-        Hundreds may wait while hundreds of changes come in a second.
+        Hundreds may wait while hundreds of changes arrive in a second.
         """
         if self._watching:
             self._tell_watching_locked()
