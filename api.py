@@ -167,7 +167,9 @@ class Api:
             except (TooManyCounters, TooManyKeys, KeyReused) as error:
                 raise _not_counted(error) from None
             replicator.wake()
-            fields = f'"id": "{increment_id(replica, sequence)}", "counts": {json.dumps(counts)}'
+            # Names need no escapes, and json.dumps would take twice as long.
+            counts = ", ".join([f'"{name}": {count}' for name, count in counts.items()])
+            fields = f'"id": "{increment_id(replica, sequence)}", "counts": {{{counts}}}'
             return self._counted((replica, sequence), fields, replayed, conditions)
 
         return increment_many

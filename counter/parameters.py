@@ -13,6 +13,7 @@ COUNTS_MAX = 1000  # counters in one answer
 BATCH_MAX = 1000  # names in a batch
 
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,18})\Z", re.ASCII)
+_NAMES = re.compile(r"(?:(?!\.\.?/)[A-Za-z0-9._:-]{1,128}/)+\Z")  # many, each with a slash after it
 _SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9})?\Z", re.ASCII)
 _PREFIX = re.compile(r"[A-Za-z0-9._:-]{0,128}\Z")
 _KEY = re.compile(r"[\x21-\x7e]{1,255}\Z")
@@ -68,19 +69,23 @@ def batch(body):
     amounts = _fields(body, 'such as {"visits": 1, "clicks": 3}')
     if not 1 <= len(amounts) <= BATCH_MAX:
         raise Refused(400, f"a batch has 1 to {BATCH_MAX:,} names, this one has {len(amounts):,}")
-    for name, amount in amounts.items():
-        if not NAME.match(name) or type(amount) is not int or not 0 < abs(amount) <= AMOUNT_MAX:
-            raise _bad_item(name, amount)
+    # All at once: one by one, checking took longer than counting.
+    names, values = "/".join(amounts) + "/", amounts.values()
+    are_names = names.count("/") == len(amounts) and _NAMES.match(names)
+    if not are_names or set(map(type, values)) != {int} or 0 in values or max(map(abs, values)) > AMOUNT_MAX:
+        raise _bad_item(amounts)
     return amounts
 
 
-def _bad_item(name, amount):
-    try:
-        checked_name(name)
-        checked_amount(amount)
-    except Refused as refused:
-        shown = name if len(name) <= http1.NAMED_MAX else f"{name[: http1.NAMED_MAX]}…"
-        return Refused(400, f"{shown}: {refused.detail}")
+def _bad_item(amounts):
+    """Return the Refused that says which item of a batch is bad."""
+    for name, amount in amounts.items():
+        try:
+            checked_name(name)
+            checked_amount(amount)
+        except Refused as refused:
+            shown = name if len(name) <= http1.NAMED_MAX else f"{name[: http1.NAMED_MAX]}…"
+            return Refused(400, f"{shown}: {refused.detail}")
 
 
 def _fields(body, example):

@@ -10,7 +10,8 @@ import pytest
 from clients import gossip_request, next_id, problem
 from conftest import wait_until
 
-from counter import AMOUNT_MAX, Counter, KeyReused, TooManyCounters, TooManyKeys, increment_id
+from counter import AMOUNT_MAX, NAME, Counter, KeyReused, TooManyCounters, TooManyKeys, increment_id, parameters
+from counter.http1 import Refused
 
 A, B, C = (f"{letter * 8}-{letter * 4}-8{letter * 3}" for letter in "abc")
 NAMES = [f"n{number}" for number in range(9)]
@@ -238,6 +239,28 @@ def test_what_is_no_batch_is_refused(client, node, body):
     """A batch is a JSON object in UTF-8 with 1 to 1,000 names, each once."""
     problem(post(client, body), 400)
     assert node.counter.sequence == 0
+
+
+def test_a_batch_is_checked_as_its_items_are():
+    """Whatever the characters and the numbers are: names and amounts that are good by themselves, and no others."""
+    rng, good = random.Random(1), 0
+    for _ in range(20_000):
+        names = ["".join(rng.choices("aaaaZZZZ0000....::::----/ \né", k=rng.randint(0, 4))) for _ in range(3)]
+        amounts = {
+            name: rng.choice((1, 1, -1, AMOUNT_MAX, -AMOUNT_MAX, 0, 2**53, -(2**53), 1.0, True)) for name in names
+        }
+
+        def is_good(item):
+            return NAME.match(item[0]) and type(item[1]) is int and 0 < abs(item[1]) <= AMOUNT_MAX
+
+        bad = [item for item in amounts.items() if not is_good(item)]
+        try:
+            assert parameters.batch(json.dumps(amounts).encode()) == amounts
+            assert not bad
+            good += 1
+        except Refused as refused:
+            assert refused.detail.startswith(f"{bad[0][0]}: ")
+    assert good > 100
 
 
 def test_a_batch_has_up_to_1000_names(client):
