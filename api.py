@@ -7,7 +7,6 @@ Routes use the parts of a node and know nothing of sockets.  They run in the thr
 connections, so they only check; the pace of the action decides which thread runs that.
 """
 
-import json
 import math
 import re
 import time
@@ -26,8 +25,7 @@ from counter.connections import STOPPING
 from counter.http1 import Refused, unavailable
 from counter.lanes import PEERS, QUICK, SLOW, WAITS
 from counter.routing import Router, action, refusing, with_headers
-from counter.wire import same_signature
-from replication import WrongSignature
+from counter.signing import HEADER, PATH
 
 BODY_MAX = 64 * 1024  # bytes of a public request's body
 BATCH_QUICK = 4096  # bytes of a batch that takes a fraction of a millisecond: some hundred names
@@ -44,15 +42,15 @@ class Api:
 
     # Always served, even at --max-connections: peer messages and health checks.  An orchestrator whose
     # probes fail on every overloaded node at once would restart them all and lose the counts.
-    vital_paths = frozenset({wire.PATH, "/healthz", "/readyz", "/metrics"})
+    vital_paths = frozenset({PATH, "/healthz", "/readyz", "/metrics"})
     # Open to clients without a token: probes, and the page, which knows nothing and asks for one.
-    open_paths = frozenset({wire.PATH, "/healthz", "/readyz", "/"})
+    open_paths = frozenset({PATH, "/healthz", "/readyz", "/"})
 
-    def __init__(self, config, counter, table, gossip, replicator, signer, server, store, tokens, status):
+    def __init__(self, config, counter, table, gossip, replicator, server, store, tokens, status):
         self._cors_origins, self._window_s = config.cors_origin, config.idempotency_window
         self._store, self._fsync = store, config.fsync  # the store is None without --data
         self._counter, self._table, self._gossip = counter, table, gossip
-        self._replicator, self._signer, self._server = replicator, signer, server
+        self._replicator, self._server = replicator, server
         self._tokens = tokens  # Tokens, or None: every client may do anything
         routes = {
             "/increment": {"POST": self._increment},
@@ -67,27 +65,17 @@ class Api:
             "/readyz": {"GET": status.readyz},
             "/metrics": {"GET": status.metrics},
             "/": {"GET": status.dashboard},
-            wire.PATH: {"POST": self._message},
+            PATH: {"POST": self._message},
         }
-        self._router = Router(routes, hidden=("/", wire.PATH))
+        self._router = Router(routes, hidden=("/", PATH))
 
     def route_of(self, path):
         """Return the path by which requests are counted, one of few."""
         return self._router.path_of(path)
 
     def body_max(self, head):
-        """Return how many bytes the body of a request may have.
-
-        Raises Refused if the body is large and its length is not signed.
-        """
-        if head.path != wire.PATH:
-            return BODY_MAX
-        if head.length > wire.BODY_UNPROVEN:
-            signature = head.headers.get(wire.SIGNATURE.lower(), "")
-            given = head.headers.get(wire.LENGTH_SIGNATURE.lower(), "")
-            if not same_signature(given, self._signer.length(signature, head.length)):
-                raise _wrong_signature(close=True)
-        return wire.BODY_MAX
+        """Return how many bytes the body of a request may have."""
+        return BODY_MAX if head.path != PATH else wire.BODY_MAX
 
     def peers_max(self):
         """Return how many connections may be those of peers."""
@@ -95,7 +83,9 @@ class Api:
 
     def body_sink(self, head):
         """Return what takes the body of a request with this head as it arrives; None to have it as bytes."""
-        return None
+        if head.path != PATH or head.length <= BODY_MAX:
+            return None
+        return self._replicator.incoming(head.headers.get(HEADER.lower(), ""))
 
     def action(self, head):
         """Return what answers a request with this head; Refused if nothing does."""
@@ -264,19 +254,15 @@ class Api:
 
     def _message(self, head):
         http1.parse_query(head.query, ())
-        signature = head.headers.get(wire.SIGNATURE.lower(), "")
+        signature = head.headers.get(HEADER.lower(), "")
 
         @action(PEERS)
         def receive(body, connection):
-            try:
-                reply = self._replicator.receive(signature, body, connection.local_host)
-            except WrongSignature:
-                raise _wrong_signature() from None
-            except ValueError as error:
-                raise Refused(400, str(error)) from None
+            reply = self._replicator.receive(signature, body, connection.local_host, connection.remote_host)
             if reply.taken:
                 self._server.recognise_peer(connection)
-            return http1.response(200, reply.body, headers=[(wire.SIGNATURE, reply.signature)])
+            respond = http1.response if type(reply.body) is bytes else http1.chunked
+            return respond(200, reply.body, headers=[(HEADER, reply.signature)])
 
         return receive
 
@@ -290,8 +276,3 @@ def _not_counted(error):
         retry_after = [("Retry-After", str(min(RETRY_AFTER_MAX_S, math.ceil(error.args[0]))))]
         return Refused(503, "no further idempotency key can be remembered for now", retry_after)
     return Refused(422, "this idempotency key came before, with another counter, amount or batch")
-
-
-def _wrong_signature(close=False):
-    challenge = [("WWW-Authenticate", wire.SIGNATURE)]
-    return Refused(401, "the signature is wrong: another --cluster or --secret-file?", challenge, close)

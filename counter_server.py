@@ -38,10 +38,10 @@ from counter.datafile import DataFileError
 from counter.joining import Joining
 from counter.links import DOUBTFUL_MAX, Links
 from counter.serving import Server, provide_descriptors
+from counter.signing import Signer
 from counter.status import Status
 from counter.store import Store
 from counter.tokens import Tokens, read_token_file
-from counter.wire import Signer
 from gossip import Gossip
 from peers import Heartbeat, PeerTable
 from replication import Replicator
@@ -67,7 +67,7 @@ class Node:
         self.counter = Counter(
             new_replica(), config.max_counters, config.max_idempotency_keys, config.idempotency_window
         )
-        self.signer = Signer(config.secret, config.cluster)
+        self.signer = Signer(config.secrets, config.cluster)
         self.tokens = Tokens(config.tokens) if config.token_file else None
         self._files = []  # (flag, path, reads the file, takes what it holds): what SIGHUP is for
         if self.tokens:
@@ -101,7 +101,7 @@ class Node:
         self.heartbeat = Heartbeat(self.table, config.heartbeat_interval, self.replicator.contact)
         parts = self.counter, self.table, self.gossip
         status = Status(*parts, self.replicator.traffic, self.server, self.store, self.readiness)
-        self.api = Api(config, *parts, self.replicator, self.signer, self.server, self.store, self.tokens, status)
+        self.api = Api(config, *parts, self.replicator, self.server, self.store, self.tokens, status)
 
     def _open_store(self):
         """Return the store, with everything that is in its file in the counter."""

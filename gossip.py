@@ -171,7 +171,7 @@ class Gossip:
         it is answered with who this is, and changes nothing.
         """
         id, replica = message.sender.id, self._counter.replica
-        if message.to != replica or message.number is None or not self._numbers.take(id, message.number):
+        if not self._is_for_this(message) or not self._numbers.take(id, message.number):
             return Message(self._table.sender(), NO_VIEW, None, None, None, [], number=self._numbers.latest(id))
         if reached_at and id != replica:
             self._table.advertise(reached_at)
@@ -201,6 +201,13 @@ class Gossip:
             sender = self._leaving_sender(message.sender, sender, deltas)
         hash = self._hash(mine) if agreed and len(mine) > VECTOR_SHORT else None
         return Message(sender, view, mine, hash, confirms, deltas, refused)
+
+    def _is_for_this(self, message):
+        return message.to == self._counter.replica and message.number is not None
+
+    def expects(self, message):
+        """Return whether a message is for this process, and new; to receive it may still turn out otherwise."""
+        return self._is_for_this(message) and self._numbers.is_new(message.sender.id, message.number)
 
     def _leaving_sender(self, asking, sender, deltas):
         """Return what an answer says of this node, which leaves, to a peer that asked by itself.

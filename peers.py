@@ -236,6 +236,13 @@ class PeerTable:
             contact = [address for address in dict.fromkeys(contact) if address != self._address]
             return contact[: self._fanout], changes
 
+    def progress(self, id, now):
+        """Take note that bytes of a long message pass from or to a peer: it is alive, though it says nothing else."""
+        with self._lock:
+            peer = self._roster.peers.get(id)
+            if peer:
+                peer.last_heard = max(peer.last_heard, now)
+
     def _heard_of_sender_locked(self, sender, now, answered_at, contact, changes):
         roster = self._roster
         if answered_at:

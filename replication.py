@@ -15,42 +15,32 @@ lost, repeated or late does no harm.  A node pushes at once what it accepted its
 has from others it offers with the heartbeats, in which two nodes compare their vectors.
 """
 
+import itertools
 import logging
 import socket
 import threading
 import time
-from collections import namedtuple
-
-import requests
-import urllib3
-from requests.adapters import HTTPAdapter
+from collections import OrderedDict, namedtuple
 
 from counter.addresses import join_address, split_address
+from counter.http1 import Refused
 from counter.links import PeerRefuses
-from counter.wire import BODY_MAX, BODY_UNPROVEN, LENGTH_SIGNATURE, PATH, SIGNATURE, decode, encode, same_signature
+from counter.signing import HEADER, PATH, Opener, WrongSignature, seal, sealed_size
+from counter.transport import FAILURES, Session
+from counter.wire import Decoder, encode
 
 log = logging.getLogger("counter.replication")
 
 CONNECT_TIMEOUT_S = 1.0
 REFUSALS = (400, 401, 403)  # what a node answers to messages that it will never take
-ANSWER_TIMEOUT_S = 30.0  # for a whole answer, however slowly it trickles in
 PATIENCE_DOUBLINGS = 3  # how often the time an answer may take doubles with further failures
-SLOWEST_LINK = 100_000  # bytes per second for which a long message is given time
+PROGRESS_TIMEOUT_S = 10.0  # between two parts of a long message, however long it takes in all
+MERGED_PER_S = 10_000_000  # bytes of a long message that a peer takes in, at least
+REFUSALS_MAX = 256  # that are remembered, so that each is logged once
 
-# Merging is idempotent, so a POST may be repeated.  Long waits are the scheduler's, within
-# stop()'s reach, so a read timeout is not tried again here and Retry-After is not slept for.
-QUICK_TRIES = urllib3.util.Retry(
-    connect=1, read=0, redirect=0, status=0, other=0,
-    backoff_factor=0.05, allowed_methods={"POST"}, respect_retry_after_header=False,
-)  # fmt: skip
-
-
-# What to send in answer to a message; `taken` if that was for this process, and new.
+# What to send in answer to a message: `body` is bytes, or an iterator of pieces where it is long;
+# `taken` says whether the message was for this process, and new.
 Reply = namedtuple("Reply", "body signature taken")
-
-
-class WrongSignature(Exception):
-    """A message does not come from a node of this cluster, or not as it was sent."""
 
 
 class Traffic:
@@ -59,8 +49,9 @@ class Traffic:
     def __init__(self):
         self._lock = threading.Lock()  # guards the numbers
         self._numbers = dict.fromkeys(
-            ("messages", "messages_failed", "retries", "deltas", "deltas_failed", "bytes_sent", "bytes_received"), 0
-        )
+            ("messages", "messages_failed", "messages_refused", "retries", "deltas", "deltas_failed",
+             "bytes_sent", "bytes_received"), 0
+        )  # fmt: skip
 
     def add(self, **numbers):
         with self._lock:
@@ -70,6 +61,43 @@ class Traffic:
     def numbers(self):
         with self._lock:
             return dict(self._numbers)
+
+
+class Incoming:
+    """A message that a peer sends to this node: takes its bytes as they arrive."""
+
+    def __init__(self, chain, signature, on_part):
+        """`on_part(head)` is called with each part of a long message, whose first line says `head`, a Message."""
+        self.chain, self.size = chain, 0
+        self._opener, self._decoder, self._on_part, self._head = Opener(chain, signature), Decoder(), on_part, None
+
+    def take(self, data):
+        """Take some more of it; raises WrongSignature, ValueError, and Refused if it is not to be taken."""
+        self.size += len(data)
+        for line in self._opener.feed(data):
+            self._decoder.feed(line)
+        if self._decoder.is_long:
+            self._head = self._head or self._decoder.head()
+            self._on_part(self._head)
+
+    def feed(self, data):
+        """Take some more of it; raises Refused as soon as it shows that it is not to be taken."""
+        try:
+            self.take(data)
+        except WrongSignature:
+            raise _wrong_signature() from None
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+
+    def finish(self):
+        """Return the whole Message; raises WrongSignature and ValueError."""
+        self._decoder.feed(self._opener.finish())
+        return self._decoder.finish()
+
+
+def _wrong_signature():
+    challenge = [("WWW-Authenticate", HEADER)]
+    return Refused(401, "the signature is wrong: another --cluster or --secret-file?", challenge)
 
 
 class Replicator:
@@ -83,6 +111,8 @@ class Replicator:
         self._gossip, self._links, self._table = gossip, links, table
         self._signer, self._port, self._clock = signer, port, clock
         self.traffic = Traffic()
+        self._lock = threading.Lock()  # guards the next
+        self._refusals = OrderedDict()  # (host, reason), each logged once, the latest last
         # A peer that is stopped still accepts connections.  It is to hold a worker for less
         # than the time in which it is given up.
         self._read_timeout_s = max(1.0, peer_timeout_s / 2)
@@ -103,20 +133,62 @@ class Replicator:
         """Send heartbeats to addresses and look up seeds: what a sweep asks for."""
         self._gossip.swept(addresses, seeds, self._clock())
 
-    def receive(self, signature, body, local_host):
-        """Take in a message that a peer sent to this node, and return the Reply.
+    def incoming(self, signature):
+        """Return an Incoming for a request with that signature."""
+        return Incoming(self._signer.request(), signature, self._part_arrived)
 
-        `local_host()` is the address of this machine that it came to.  Raises WrongSignature, and
-        ValueError if it is no message; then nothing has changed.
+    def _part_arrived(self, head):
+        if not self._gossip.expects(head):
+            raise Refused(409, "this message is for another process, or not new")
+        self._table.progress(head.sender.id, self._clock())
+
+    def receive(self, signature, body, local_host, remote_host):
+        """Take in the message that has arrived, and return the Reply.
+
+        `body` is bytes, or the Incoming that took them; `local_host()` is the address of this machine
+        that it came to, `remote_host()` the one it came from.  Raises Refused if it is no message of a
+        node of this cluster; then nothing has changed.
         """
-        if not same_signature(signature, self._signer.request(body)):
-            raise WrongSignature
-        message, size = decode(body), len(body)
+        try:
+            incoming = body
+            if type(body) is bytes:
+                incoming = self.incoming(signature)
+                incoming.take(body)
+            message = incoming.finish()
+        except WrongSignature:
+            self._log_refusal(remote_host(), "the signature is wrong: another --cluster or --secret-file?")
+            raise _wrong_signature() from None
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+        if message.v == 0:
+            self._log_refusal(remote_host(), "nodes before 1.1 and this one do not understand each other")
         reached_at = None if self._table.address else join_address(local_host(), self._port)
         answer = self._gossip.receive(message, self._clock(), reached_at)
-        body = encode(answer)
-        self.traffic.add(deltas=len(answer.deltas), bytes_received=size, bytes_sent=len(body))
-        return Reply(body, self._signer.answer(signature, body), answer.number is None)
+        signature, body = _sealed(incoming.chain.answer(), answer)
+        self.traffic.add(deltas=len(answer.deltas), bytes_received=incoming.size)
+        if type(body) is bytes:
+            self.traffic.add(bytes_sent=len(body))
+        else:
+            body = self._answering(message.sender.id, body)
+        return Reply(body, signature, answer.number is None)
+
+    def _answering(self, id, pieces):
+        """Yield the pieces of a long answer: if the next is asked for, the one before got on."""
+        for piece in pieces:
+            self.traffic.add(bytes_sent=len(piece))
+            yield piece
+            self._table.progress(id, self._clock())
+
+    def _log_refusal(self, host, reason):
+        """Write that messages from a host are refused, once."""
+        self.traffic.add(messages_refused=1)
+        with self._lock:
+            known = (host, reason) in self._refusals
+            self._refusals[host, reason] = None
+            if len(self._refusals) > REFUSALS_MAX:
+                self._refusals.popitem(last=False)
+        if not known:
+            log.warning("messages refused: host=%s reason=%s", host, reason)
 
     def stop(self, timeout_s):
         """Ask the threads to end, wait for them, and return whether all did."""
@@ -157,63 +229,79 @@ class Replicator:
             if request is None:
                 self._links.released(link)
                 return
-            body, deltas = encode(request), len(request.deltas)
-            self.traffic.add(messages=1, retries=int(link.failures > 0), deltas=deltas, bytes_sent=len(body))
-            answer = self._post(link, body)
-            self.traffic.add(bytes_received=len(answer))
-            answer = decode(answer)
-            if answer.sender.address != link.address:  # it may be a load balancer: a new connection leads elsewhere
+            deltas = len(request.deltas)
+            self.traffic.add(messages=1, retries=int(link.failures > 0), deltas=deltas)
+            answer = self._post(link, request)
+            moved = answer.sender.address != link.address
+            if moved and answer.number is None:  # it may be a load balancer: a new connection leads elsewhere
                 link.session.close()
                 link.session = None
             self._gossip.answered(link, request, answer, self._clock())
-            if self._table.address is None and answer.sender.id != request.sender.id:
-                self._table.advertise(join_address(_local_host_towards(link.address), self._port))
-                self._links.compare_soon([link.address], self._clock())
-        except (OSError, urllib3.exceptions.HTTPError, ValueError) as error:
+        except (*FAILURES, WrongSignature, ValueError) as error:
             self.traffic.add(messages_failed=1, deltas_failed=deltas)
             self._links.failed(link, error, self._clock())
+            return
+        if self._table.address is None and answer.sender.id != request.sender.id:
+            self._find_own_address(link.address)
 
-    def _post(self, link, body):
-        """Return the body of the answer; OSError, HTTPError or ValueError if there is no good one."""
+    def _find_own_address(self, towards):
+        try:
+            host = _local_host_towards(towards)
+        except OSError as error:
+            log.warning("own address not found: towards=%s error=%s", towards, error)
+            return
+        self._table.advertise(join_address(host, self._port))
+        self._links.compare_soon([towards], self._clock())
+
+    def _post(self, link, request):
+        """Return the Message that answers a request; one of FAILURES, WrongSignature or ValueError if none does."""
         if link.session is None:
-            link.session = _new_session()
-            link.prepared = link.session.prepare_request(requests.Request("POST", f"http://{link.address}{PATH}"))
-        deadline = self._clock() + ANSWER_TIMEOUT_S
-        signature = self._signer.request(body)
-        # A peer may also be slow because it has so much to tell.
-        read_s = self._read_timeout_s * 2 ** min(link.failures, PATIENCE_DOUBLINGS)
-        # On a new connection the first counts for sending the body as well.
-        timeouts_s = tuple(
-            min(ANSWER_TIMEOUT_S, seconds + len(body) / SLOWEST_LINK) for seconds in (CONNECT_TIMEOUT_S, read_s)
-        )
-        # To prepare a request anew each time would be a third of the cost of sending it.
-        link.prepared.body = body
-        link.prepared.headers.update({"Content-Length": str(len(body)), SIGNATURE: signature})
-        link.prepared.headers.pop(LENGTH_SIGNATURE, None)
-        if len(body) > BODY_UNPROVEN:
-            link.prepared.headers[LENGTH_SIGNATURE] = self._signer.length(signature, len(body))
-        with link.session.send(
-            link.prepared, timeout=timeouts_s, stream=True, allow_redirects=False, proxies={}
-        ) as response:  # fmt: skip
-            answer = bytearray()
-            while chunk := response.raw.read1(2**20):
-                answer += chunk
-                if len(answer) > BODY_MAX or self._clock() > deadline:
-                    raise ValueError("the answer is too long, or takes too long")
-            if response.status_code != 200:
-                kind = PeerRefuses if response.status_code in REFUSALS else ValueError
-                raise kind(f"answered {response.status_code}: {bytes(answer[:200])!r}")
-            if not same_signature(response.headers.get(SIGNATURE, ""), self._signer.answer(signature, answer)):
-                raise ValueError("the answer's signature is wrong: another --cluster or --secret-file?")
-            return answer
+            link.session = Session(link.address, PATH)
+        session, chain = link.session, self._signer.request()
+        patience_s = self._read_timeout_s * 2 ** min(link.failures, PATIENCE_DOUBLINGS)
+        signature, body = _sealed(chain, request)
+        if type(body) is bytes:
+            size = len(body)
+        else:
+            size = sealed_size(encode(request))
+            body = self._requesting(session, request.to, body, patience_s + size / MERGED_PER_S)
+        self.traffic.add(bytes_sent=size)
+        session.deadline = self._clock() + CONNECT_TIMEOUT_S + patience_s
+        response = session.post(body, {"Content-Length": str(size), HEADER: signature}, CONNECT_TIMEOUT_S)
+        return self._read_answer(session, response, chain, request.to)
+
+    def _requesting(self, session, id, pieces, patience_s):
+        """Yield the pieces of a long request: if the next is asked for, the one before got on."""
+        for piece in pieces:
+            session.deadline = self._clock() + PROGRESS_TIMEOUT_S
+            yield piece
+            self._table.progress(id, self._clock())
+        session.deadline = self._clock() + patience_s
+
+    def _read_answer(self, session, response, chain, id):
+        opener, decoder, beginning = Opener(chain.answer(), response.headers.get(HEADER, "")), Decoder(), b""
+        for data in session.read(response):
+            self.traffic.add(bytes_received=len(data))
+            if response.status != 200:
+                beginning = (beginning + data)[:200]
+                continue
+            for line in opener.feed(data):
+                decoder.feed(line)
+            if decoder.is_long:
+                session.deadline = self._clock() + PROGRESS_TIMEOUT_S
+                self._table.progress(id, self._clock())
+        if response.status != 200:
+            kind = PeerRefuses if response.status in REFUSALS else ValueError
+            raise kind(f"answered {response.status}: {beginning!r}")
+        decoder.feed(opener.finish())
+        return decoder.finish()
 
 
-def _new_session():
-    session = requests.Session()
-    session.trust_env = False  # no proxy between nodes, whatever the environment says
-    session.headers = {"Content-Type": "application/json"}
-    session.mount("http://", HTTPAdapter(max_retries=QUICK_TRIES, pool_connections=1, pool_maxsize=1))
-    return session
+def _sealed(chain, message):
+    """Return (signature, body) of a message: bytes if it is short, else an iterator of pieces."""
+    signature, pieces = seal(chain, encode(message))
+    first, second = next(pieces), next(pieces, None)
+    return signature, first if second is None else itertools.chain((first, second), pieces)
 
 
 def _local_host_towards(address):

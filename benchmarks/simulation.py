@@ -174,11 +174,11 @@ class Network:
         """Return what travels of a message, and count it."""
         self.messages += 1
         if self.as_json:
-            body = encode(message)
-            self.bytes += len(body)
-            return body
+            lines = list(encode(message))
+            self.bytes += sum(map(len, lines))
+            return lines
         if self.messages % SAMPLE == 0:
-            self.bytes += SAMPLE * len(encode(message))
+            self.bytes += SAMPLE * sum(map(len, encode(message)))
         return message if message.hash is None else message._replace(applied=None)
 
     def _receive(self, sent):

@@ -28,21 +28,29 @@ class Numbers:
         with self._lock:
             return self._came[sender][0] if sender in self._came else self._floor
 
-    def take(self, sender, number):
-        """Take note that a number came; return whether that was its first time, for all that is known."""
+    def is_new(self, sender, number):
+        """Return whether a number has not come, for all that is known."""
         with self._lock:
+            return self._is_new_locked(sender, number)
+
+    def take(self, sender, number):
+        """Take note that a number came; return whether it was new."""
+        with self._lock:
+            if not self._is_new_locked(sender, number):
+                return False
             greatest, bits = self._came.get(sender, (self._floor, -1))
-            if number > greatest:
-                bits = (bits << number - greatest | 1) if number - greatest < WINDOW else 1
-                greatest = number
+            ahead = number - greatest
+            if ahead > 0:
+                greatest, bits = number, (bits << ahead | 1) if ahead < WINDOW else 1
             else:
-                bit = 1 << greatest - number
-                if greatest - number >= WINDOW or bits & bit:
-                    return False
-                bits |= bit
+                bits |= 1 << -ahead
             self._came[sender] = (greatest, bits & (1 << WINDOW) - 1)
             self._came.move_to_end(sender)
             if len(self._came) > self._senders_max:
                 _, (forgotten, _) = self._came.popitem(last=False)
                 self._floor = max(self._floor, forgotten)
             return True
+
+    def _is_new_locked(self, sender, number):
+        greatest, bits = self._came.get(sender, (self._floor, -1))
+        return number > greatest or (greatest - number < WINDOW and not bits & 1 << greatest - number)

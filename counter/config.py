@@ -14,6 +14,7 @@ from counter.tokens import read_token_file
 _ORIGIN = re.compile(
     r"(?!https://.*:443\Z|http://.*:80\Z)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?\Z"
 )
+SECRET_LEAST = 32  # bytes of each
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Config:
     data: str  # the data file, or None: counts live in memory alone
     fsync: str  # "always" or "never"
     cors_origin: tuple  # of origins whose pages may use this node; "*" is any
-    secret: bytes  # b"" without --secret-file
+    secrets: tuple  # of bytes, () without --secret-file; the first signs, all are accepted
     token_file: str  # or None
     tokens: tuple  # of tokens.Grant, as they were in the file
     cluster: str
@@ -77,7 +78,7 @@ def parse_arguments(arguments):
         parser.error("argument --peer-timeout: must be longer than --heartbeat-interval")
     if options.retry_backoff_max < options.retry_backoff:
         parser.error("argument --retry-backoff-max: must not be shorter than --retry-backoff")
-    if not options.secret and not options.insecure and not _is_loopback(options.host, parser):
+    if not options.secrets and not options.insecure and not _is_loopback(options.host, parser):
         parser.error("argument --host: to listen beyond loopback give --secret-file, or --insecure")
     fields = vars(options) | {"peers": tuple(options.peers), "cors_origin": tuple(options.cors_origin)}
     fields["token_file"], fields["tokens"] = options.token_file or (None, ())
@@ -109,11 +110,11 @@ def _add_flags(parser):
     trust = parser.add_argument_group("trust").add_argument
     trust(
         "--secret-file",
-        dest="secret",
-        type=_secret,
-        default=b"",
+        dest="secrets",
+        type=_secrets,
+        default=(),
         metavar="FILE",
-        help="sign all messages between nodes with the secret in this file",
+        help="sign all messages between nodes with the secret in this file; a line each, the first signs",
     )
     trust("--token-file", type=_token_file, metavar="FILE", help="answer only clients that show a token in this file")
     trust("--cluster", type=_text, default="counter", metavar="NAME", help="talk only to nodes of this cluster")
@@ -182,11 +183,16 @@ def _path(text):
     return _text(text)
 
 
-def _secret(path):
-    secret = _read(read_private_file, path).strip()
-    if not secret:
+def _secrets(path):
+    """Return the secrets in a file, one per line."""
+    secrets = tuple(line.strip() for line in _read(read_private_file, path).splitlines() if line.strip())
+    if not secrets:
         raise argparse.ArgumentTypeError(f"{path} is empty")
-    return secret
+    if any(len(secret) < SECRET_LEAST for secret in secrets):
+        raise argparse.ArgumentTypeError(
+            f"{path}: a secret has at least {SECRET_LEAST} bytes; make one: openssl rand -hex 32"
+        )
+    return secrets
 
 
 def _token_file(path):

@@ -80,8 +80,14 @@ class Connection:
 
     def local_host(self):
         """Return the address of this machine that the connection came to."""
-        host = ipaddress.ip_address(self.sock.getsockname()[0])
-        return str(getattr(host, "ipv4_mapped", None) or host)
+        return _host_of(self.sock.getsockname())
+
+    def remote_host(self):
+        """Return the address of the machine that it came from."""
+        try:
+            return _host_of(self.sock.getpeername())
+        except OSError:  # it has hung up
+            return "unknown"
 
     def response_to_failure(self, error):
         """Log an exception of an action, which costs its connection only, and return the response."""
@@ -362,3 +368,8 @@ class Connection:
             except Exception:  # a bug; the other side must see that the response is not whole
                 log.exception("making a response failed after its head was sent")
                 self._further, self._is_last = None, True
+
+
+def _host_of(name):
+    host = ipaddress.ip_address(name[0].partition("%")[0])
+    return str(getattr(host, "ipv4_mapped", None) or host)

@@ -18,8 +18,8 @@ import sqlite3
 from pathlib import Path
 from zlib import crc32
 
+from counter.checks import AGE_MAX_S, checked_delta
 from counter.state import Delta
-from counter.wire import AGE_MAX_S, checked_delta
 
 APPLICATION_ID = 0x436E7472  # "Cntr", in the header of the file
 FORMAT = 1  # SQLite's user_version

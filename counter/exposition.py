@@ -88,6 +88,11 @@ def _traffic(numbers):
     for name, number, help in (
         ("counter_gossip_messages_sent_total", "messages", "Messages sent to peers, heartbeats included."),
         ("counter_gossip_messages_failed_total", "messages_failed", "Messages to peers that got no good answer."),
+        (
+            "counter_gossip_messages_refused_total",
+            "messages_refused",
+            "Messages from nodes with another secret or cluster name, or from nodes before 1.1.",
+        ),
         ("counter_gossip_retries_total", "retries", "Messages to peers where the one before had failed."),
         ("counter_deltas_sent_total", "deltas", "Deltas sent to peers, in messages and in answers."),
         ("counter_deltas_failed_total", "deltas_failed", "Deltas in messages to peers that got no good answer."),

@@ -1,4 +1,8 @@
-"""Messages between nodes: their shape, their JSON, what of it is believed, and their signatures.
+"""Messages between nodes: their shape, their lines of JSON, and what of them is believed.
+
+Most messages are one line.  A long one says so in its first line, and goes on in others, each with
+a piece of what is left, up to the line `{"end":true}`: so it is made, sent, read and checked piece
+by piece, and nowhere there as a whole.
 
 Nodes of different versions understand each other: a message says in `v` what its sender knows, and
 whatever a receiver does not know of it, it ignores: further fields of any object, further items of
@@ -7,28 +11,23 @@ whose messages have a `v` that is too small for it.
 """
 
 import hashlib
-import hmac
 import itertools
 import json
 import re
 from collections import namedtuple
 
 from counter.addresses import parse_address
-from counter.ids import AMOUNT_MAX, NAME, REPLICA, SEQUENCE_MAX
-from counter.state import Delta
+from counter.checks import GrowingDelta, is_int, require
+from counter.ids import REPLICA, SEQUENCE_MAX
 
 VERSION = 1  # of what a message may say
-PATH = "/internal/gossip"
-SIGNATURE = "Counter-Signature"  # the header of a request, and of its answer
-# The header of a request whose body has more than BODY_UNPROVEN bytes: a receiver has to read, and
-# keep, a whole body to find out whether it was signed, and nobody else is to make it do so.
-LENGTH_SIGNATURE = "Counter-Length-Signature"
-BODY_UNPROVEN = 64 * 1024
-BODY_MAX = 256 * 2**20  # bytes of a message; a single replica's delta with a million keys needs them
-PIECE = 2000  # entries encoded at a time, in 2 ms; 100,000 at once stopped all threads for 80 ms
+SHORT = 1000  # entries; a message with more is cut into lines
+PIECE = 100  # entries of a line, some 16 KB: so a slow link moves something all the time
+LINE_BYTES = 48 * 1024  # of a line without its signature, at most
+# Bytes of a message.  A receiver keeps no more of it than one line beyond what it needs, so this follows from
+# what --max-counters and --max-idempotency-keys may be at most: 10^6 counters and 10^8 keys, with long names.
+BODY_MAX = 2**36
 BEAT_MAX = NUMBER_MAX = 2**53
-AGE_MAX_S = 1e9
-_DIGEST = re.compile("[0-9a-f]{32}\\Z")
 _WORD = re.compile("[!-~]{1,64}\\Z")
 
 # address: None while it is unknown; version: that of its program, None from nodes that do not say it;
@@ -47,37 +46,6 @@ Message = namedtuple(
 )
 
 
-class Signer:
-    """Proves that a message comes from a node of this cluster, and as it was sent.
-
-    With a secret, which may be empty, only its holders can make one; the cluster's name keeps
-    apart clusters that reach each other by mistake.  Source: RFC 2104 (HMAC).
-    """
-
-    def __init__(self, secret, cluster):
-        self._key = hmac.digest(secret, f"counter cluster {cluster}".encode(), "sha256")
-
-    def request(self, body):
-        """Return the signature of a request, as text."""
-        return self._sign(b"POST", PATH.encode(), body)
-
-    def length(self, request_signature, length):
-        """Return the signature of the length in bytes of a request's body, given the request's own signature."""
-        return self._sign(b"LENGTH", request_signature.encode(), str(length).encode())
-
-    def answer(self, request_signature, body):
-        """Return the signature of the answer to the request with that signature."""
-        return self._sign(b"ANSWER", request_signature.encode(), body)
-
-    def _sign(self, *parts):
-        return hmac.digest(self._key, b"\n".join(parts), "sha256").hex()
-
-
-def same_signature(given, right):
-    """Return whether two signatures are equal, in a time that does not tell where they differ."""
-    return hmac.compare_digest(given.encode(), right.encode())
-
-
 def vector_hash(vector):
     """Return a hash on which two nodes agree exactly if their vectors are equal."""
     return hashlib.sha256(json.dumps(sorted(vector.items())).encode()).hexdigest()[:32]
@@ -90,38 +58,87 @@ def lacks(vector, other):
 
 
 def encode(message):
-    """Return a Message as the bytes of its JSON."""
-    sender, view, applied, hash, confirms, deltas, refused, to, number, v = message
-    fields = {"v": v, "from": sender._asdict()}
-    if to is not None:
-        fields["to"] = to
-    if number is not None:
-        fields["n"] = number
-    if hash is not None:
-        fields.update(view=view._asdict(), hash=hash)
-    elif applied is not None:
-        fields.update(view=view._asdict(), applied=applied)
-    if confirms is not None:
-        fields["confirms"] = confirms
-    if refused:
-        fields["refused"] = refused
-    if sum(len(delta.totals) + len(delta.keys) for delta in deltas) > PIECE:
-        return f'{_json(fields)[:-1]},"deltas":[{",".join(map(_encoded_delta, deltas))}]}}'.encode()
-    if deltas:
-        fields["deltas"] = [{name: value for name, value in delta._asdict().items() if value != ()} for delta in deltas]
-    return _json(fields).encode()
+    """Yield the lines of a Message, as bytes; they are the same each time."""
+    head = _head(message)
+    entries = sum(len(delta.totals) + len(delta.keys) for delta in message.deltas)
+    entries += sum(len(entries) for _, entries in _collections(message))
+    if entries <= SHORT:
+        line = _json(head | _whole(message))
+        if len(line) <= LINE_BYTES:
+            yield line
+            return
+    yield _json(head | {"lines": True})
+    yield from map(_json, _parts(message))
+    yield b'{"end":true}'
 
 
 def _json(value):
-    return json.dumps(value, separators=(",", ":"))
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
-def _encoded_delta(delta):
-    """Return the JSON of a delta, written in pieces: no other thread runs during a call of json."""
-    fields = {name: value for name, value in delta._asdict().items() if value != () and name not in ("totals", "keys")}
-    totals = ",".join(_json(dict(piece))[1:-1] for piece in _pieces(delta.totals.items()))
-    keys = ",".join(_json(piece)[1:-1] for piece in _pieces(delta.keys))
-    return f'{_json(fields)[:-1]},"totals":{{{totals}}},"keys":[{keys}]}}'
+def _head(message):
+    """Return the fields that only the first line has, and those that say what there is."""
+    head = {"v": message.v, "from": message.sender._asdict()}
+    if message.to is not None:
+        head["to"] = message.to
+    if message.number is not None:
+        head["n"] = message.number
+    if message.hash is not None:
+        head["hash"] = message.hash
+    elif message.applied is not None:
+        head["applied"] = {}
+    if message.confirms is not None:
+        head["confirms"] = {}
+    return head
+
+
+def _collections(message):
+    """Yield (path, entries) of all that a message may have many of, but for its deltas."""
+    if message.hash is not None or message.applied is not None:
+        yield ("view", "peers"), message.view.peers
+        yield ("view", "left"), message.view.left
+    if message.hash is None and message.applied:
+        yield ("applied",), message.applied
+    if message.confirms:
+        yield ("confirms",), message.confirms
+    if message.refused:
+        yield ("refused",), message.refused
+
+
+def _whole(message):
+    """Return all the fields of a short message that _head leaves out or empty."""
+    fields = {}
+    for (name, *inner), entries in _collections(message):
+        if inner:
+            fields.setdefault(name, {})[inner[0]] = entries
+        else:
+            fields[name] = entries
+    if message.deltas:
+        fields["deltas"] = [_delta_head(delta) | _delta_rest(delta.totals, delta.keys) for delta in message.deltas]
+    return fields
+
+
+def _delta_head(delta):
+    head = {"replica": delta.replica, "after": delta.after, "through": delta.through}
+    return head | {"requires": delta.requires} if delta.requires else head
+
+
+def _delta_rest(totals, keys):
+    return {"totals": totals, "keys": keys} if keys else {"totals": totals}
+
+
+def _parts(message):
+    """Yield what the lines of a long message have, after the first."""
+    for (name, *inner), entries in _collections(message):
+        for piece in _pieces(entries.items() if type(entries) is dict else entries):
+            piece = dict(piece) if type(entries) is dict else piece
+            yield {name: {inner[0]: piece} if inner else piece}
+    for delta in message.deltas:
+        yield {"delta": _delta_head(delta)}
+        for piece in _pieces(delta.totals.items()):
+            yield {"totals": dict(piece)}
+        for piece in _pieces(delta.keys):
+            yield {"keys": piece}
 
 
 def _pieces(entries):
@@ -129,88 +146,116 @@ def _pieces(entries):
     return iter(lambda: list(itertools.islice(entries, PIECE)), [])
 
 
-def decode(body):
-    """Return the Message of some bytes; ValueError if any part of it is not as it must be."""
-    try:
-        fields = json.loads(body)
-        sender = _known(Sender, fields["from"])
-        view = _known(View, fields["view"]) if "view" in fields else View([], [])
-        deltas = [_known(Delta, delta) for delta in _list(fields.get("deltas", []))]
-        vectors = map(fields.get, ("applied", "hash", "confirms"))
-        to, number, v = fields.get("to"), fields.get("n"), fields.get("v", 0)
-        return _checked(Message(sender, view, *vectors, deltas, fields.get("refused", {}), to, number, v))
-    except (TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
-        raise ValueError(f"not a gossip message: {error}") from None
+class Decoder:
+    """Makes a Message of its lines, fed to it one by one.
+
+    Raises ValueError if any part of it is not as it must be.
+    """
+
+    def __init__(self):
+        self._fields = None  # of the first line, and what was added to them
+        self._deltas = []
+        self._ended = False
+
+    @property
+    def is_long(self):
+        """Whether the lines so far say that others follow."""
+        return self._fields is not None and not self._ended
+
+    def feed(self, line):
+        try:
+            if self._fields is None:
+                self._begin(json.loads(line))
+            else:
+                self._add(json.loads(line))
+        except (TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
+            raise ValueError(f"not a gossip message: {error}") from None
+
+    def head(self):
+        """Return the Message so far, which has no deltas: all that the first line says."""
+        return self._message([])
+
+    def finish(self):
+        """Return the Message, once all lines were fed."""
+        require(self._ended, "an end before the end")
+        deltas = [delta.finish() for delta in self._deltas]
+        return self._message(deltas)
+
+    def _begin(self, fields):
+        require(type(fields) is dict, "a line")
+        self._fields, self._ended = fields, not fields.get("lines")
+        for delta in _list(fields.pop("deltas", [])):
+            self._begin_delta(delta)
+
+    def _add(self, fields):
+        require(not self._ended, "a line after the end")
+        self._ended = bool(fields.get("end"))
+        if "view" in fields:
+            view = self._fields.setdefault("view", {"peers": [], "left": []})
+            for name in ("peers", "left"):
+                view[name] += _list(fields["view"].get(name, []))
+        for name in ("applied", "confirms", "refused"):
+            if name in fields:
+                self._fields.setdefault(name, {}).update(fields[name])
+        if "delta" in fields:
+            self._begin_delta(fields["delta"])
+        if "totals" in fields:
+            self._deltas[-1].add_totals(fields["totals"])
+        if "keys" in fields:
+            self._deltas[-1].add_keys(_list(fields["keys"]))
+
+    def _begin_delta(self, fields):
+        replica, after, through = fields["replica"], fields["after"], fields["through"]
+        delta = GrowingDelta(replica, after, through, fields.get("requires", ()))
+        delta.add_totals(fields.get("totals", {}))
+        delta.add_keys(_list(fields.get("keys", [])))
+        self._deltas.append(delta)
+
+    def _message(self, deltas):
+        fields = self._fields
+        try:
+            sender, view = _sender(fields["from"]), _view(fields.get("view", {"peers": [], "left": []}))
+            applied, hash, confirms, to = map(fields.get, ("applied", "hash", "confirms", "to"))
+            refused, number, v = fields.get("refused", {}), fields.get("n"), fields.get("v", 0)
+            for vector in (applied, confirms):
+                for replica, sequence in vector.items() if vector is not None else ():
+                    require(REPLICA.match(replica) and is_int(sequence, 0, SEQUENCE_MAX), "a vector")
+            require(hash is None or type(hash) is str, "a hash")
+            require(all(REPLICA.match(replica) and _WORD.match(why) for replica, why in refused.items()), "a refusal")
+            require(to is None or REPLICA.match(to), "whom it is for")
+            require(number is None or is_int(number, 0, NUMBER_MAX), "a number")
+            require(is_int(v, 0, NUMBER_MAX), "a version")
+        except (TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
+            raise ValueError(f"not a gossip message: {error}") from None
+        return Message(sender, view, applied, hash, confirms, deltas, refused, to, number, v)
 
 
-def _known(kind, fields):
-    """Return a namedtuple of that kind from a JSON object, which may have further fields."""
-    return kind(**{name: fields[name] for name in kind._fields if name in fields})
-
-
-def _require(condition, what):
-    if not condition:
-        raise ValueError(f"not a gossip message: {what}")
+def decode(lines):
+    """Return the Message of its lines; ValueError if any part of it is not as it must be."""
+    decoder = Decoder()
+    for line in lines:
+        decoder.feed(line)
+    return decoder.finish()
 
 
 def _list(value):
-    _require(type(value) is list, "a list")
+    require(type(value) is list, "a list")
     return value
 
 
-def _is_int(value, least, most):
-    return type(value) is int and least <= value <= most
+def _sender(fields):
+    id, address, beat, leaving = (fields[name] for name in ("id", "address", "beat", "leaving"))
+    version, ready = fields.get("version"), fields.get("ready", False)
+    require(REPLICA.match(id) and is_int(beat, 0, BEAT_MAX), "its sender")
+    require(type(leaving) is type(ready) is bool, "its sender")
+    require(version is None or _WORD.match(version), "its program's version")
+    return Sender(id, None if address is None else parse_address(address), beat, leaving, version, ready)
 
 
-def _checked(message):
-    """Return the message with its parts in their types, once all they claim is possible."""
-    sender, view, applied, hash, confirms, deltas, refused, to, number, v = message
-    _require(to is None or REPLICA.match(to), "whom it is for")
-    _require(number is None or _is_int(number, 0, NUMBER_MAX), "a number")
-    _require(_is_int(v, 0, SEQUENCE_MAX), "a version")
-    _require(REPLICA.match(sender.id) and type(sender.leaving) is type(sender.ready) is bool, "its sender")
-    _require(_is_int(sender.beat, 0, BEAT_MAX), "a beat")
-    _require(sender.version is None or _WORD.match(sender.version), "its program's version")
-    sender = sender._replace(address=None if sender.address is None else parse_address(sender.address))
-    peers = [(id, parse_address(address), beat) for id, address, beat, *_ in _list(view.peers)]
-    _require(all(REPLICA.match(id) and _is_int(beat, 0, BEAT_MAX) for id, _, beat in peers), "its view")
+def _view(fields):
+    peers = [(id, parse_address(address), beat) for id, address, beat, *_ in _list(fields["peers"])]
+    require(all(REPLICA.match(id) and is_int(beat, 0, BEAT_MAX) for id, _, beat in peers), "its view")
     # A node before 1.1 says the id alone, and means for ever.
-    left = [(item[0], item[1]) if type(item) is list else (item, BEAT_MAX) for item in _list(view.left)]
-    _require(all(REPLICA.match(id) and _is_int(beat, 0, BEAT_MAX) for id, beat in left), "its view")
-    for vector in (applied, confirms):
-        for replica, sequence in vector.items() if vector is not None else ():
-            _require(REPLICA.match(replica) and _is_int(sequence, 0, SEQUENCE_MAX), "a vector")
-    _require(hash is None or type(hash) is str, "a hash")
-    _require(all(REPLICA.match(replica) and _WORD.match(why) for replica, why in refused.items()), "a refusal")
-    deltas = [checked_delta(delta) for delta in deltas]
-    return Message(sender, View(peers, left), applied, hash, confirms, deltas, refused, to, number, v)
-
-
-def checked_delta(delta):
-    """Return a delta from elsewhere with its parts in their types; ValueError if it cannot be right.
-
-    What is of another type altogether may also raise TypeError or AttributeError.
-    """
-    replica, after, through, totals, keys, requires = delta
-    _require(REPLICA.match(replica), "a replica")
-    _require(_is_int(through, 1, SEQUENCE_MAX) and _is_int(after, 0, through - 1), "a delta's range")
-    totals = {name: (entry[0], entry[1]) for name, entry in totals.items()}
-    for name, (sequence, total) in totals.items():
-        _require(NAME.match(name) and _is_int(sequence, after + 1, through), "an entry")
-        _require(_is_int(total, -sequence * AMOUNT_MAX, sequence * AMOUNT_MAX), "a total")
-    # Every sequence touched one counter, and the last one cannot have been overtaken.
-    sequences = {sequence for sequence, _ in totals.values()}
-    _require(len(sequences) == len(totals) and through in sequences, "a delta's entries")
-    keys = tuple([(*key[:5], _dots(key[5])) if len(key) > 5 and key[5] else tuple(key[:5]) for key in keys])
-    for sequence, digest, name, amount, age_s, *_ in keys:
-        _require(_is_int(sequence, after + 1, through) and _DIGEST.match(digest) and name in totals, "a key")
-        _require(_is_int(amount, -AMOUNT_MAX, AMOUNT_MAX) and amount != 0, "a key's amount")
-        _require(type(age_s) in (int, float) and 0 <= age_s < AGE_MAX_S, "a key's age")
-    _require(len({sequence for sequence, *_ in keys}) == len(keys), "a key's sequence")
-    return Delta(replica, after, through, totals, keys, _dots(requires))
-
-
-def _dots(dots):
-    dots = tuple([(dot[0], dot[1]) for dot in dots])
-    _require(all(REPLICA.match(replica) and _is_int(sequence, 1, SEQUENCE_MAX) for replica, sequence in dots), "a dot")
-    return dots
+    left = [(item[0], item[1]) if type(item) is list else (item, BEAT_MAX) for item in _list(fields["left"])]
+    require(all(REPLICA.match(id) and is_int(beat, 0, BEAT_MAX) for id, beat in left), "its view")
+    return View(peers, left)

@@ -7,6 +7,7 @@ from collections import namedtuple
 from http import HTTPStatus
 
 from counter import increment_id, new_replica, wire
+from counter.signing import HEADER, PATH, seal
 from counter.wire import Message, Sender
 
 NOBODYS_ID = "00000000-0000-8000-8000-000000000001"  # an increment that never arrives
@@ -85,13 +86,8 @@ def gossip_request(node, *deltas):
     """Return the bytes with which a peer that nobody can dial pushes those deltas."""
     sender = Sender(new_replica(), None, 1, False)
     message = Message(sender, None, None, None, None, list(deltas), to=node.counter.replica, number=1)
-    body = wire.encode(message)
-    signature = node.signer.request(body)
-    signatures = {
-        wire.SIGNATURE: signature,
-        wire.LENGTH_SIGNATURE: node.signer.length(signature, len(body)),
-    }
-    return request("POST", wire.PATH, *map(": ".join, signatures.items()), body=body)
+    signature, pieces = seal(node.signer.request(), wire.encode(message))
+    return request("POST", PATH, f"{HEADER}: {signature}", body=b"".join(pieces))
 
 
 def next_id(node):

@@ -81,7 +81,7 @@ class ProxiedRequest(BaseHTTPRequestHandler):
     def do_POST(self):
         network, to = self.server.network, self.server.position
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        sender = network.lives.get(json.loads(body)["from"]["id"])
+        sender = network.lives.get(json.loads(body.partition(b"\n")[0])["from"]["id"])
         if (sender, to) in network.cut or network.nodes[to] is None:
             self.close_connection = True
             return

@@ -3,7 +3,7 @@
 import itertools
 import random
 
-from counter import REPLICA, Counter
+from counter import Counter
 from counter.confirmations import Confirmations
 from counter.joining import Joining
 from counter.links import Links
@@ -66,12 +66,14 @@ def talk(sender, receiver, link, now):
         talk(sender, receiver, link, now)
 
 
-def with_more(value):
+MAPS = ("applied", "confirms", "refused", "totals")  # fields that are objects with any names
+
+
+def with_more(value, name=None):
     """Return a JSON value with a field more in every object and an item more in every entry, as of a later version."""
     if isinstance(value, dict):
-        value = {name: with_more(part) for name, part in value.items()}
-        is_map = value and all(REPLICA.match(name) or name in "xy" for name in value)
-        return value if is_map else {"before": [{}], **value, "later": {"x": 1}}
+        value = {inner: with_more(part, inner if name not in MAPS else None) for inner, part in value.items()}
+        return value if name in MAPS else {"before": [{}], **value, "later": {"x": 1}}
     if isinstance(value, list) and value and not isinstance(value[0], list | dict):
         is_list = all(isinstance(item, str) for item in value)  # of ids
         return value if is_list else [*value, None, "later"]

@@ -8,9 +8,10 @@ from clients import NOBODYS_ID, closes_with, gossip_request, next_id, problem, r
 from conftest import wait_until, wait_until_waiting
 
 from api import BODY_MAX
-from counter import AMOUNT_MAX, Delta, __version__, http1, increment_id, new_replica, wire
+from counter import AMOUNT_MAX, Delta, __version__, http1, increment_id, new_replica
 from counter.config import parse_arguments
 from counter.lanes import PEERS, QUICK, SLOW, WAITS
+from counter.signing import HEADER, PATH, seal
 from counter_server import Node
 
 
@@ -630,7 +631,7 @@ def test_a_page_behind_a_proxy_is_told_both_remedies(client, origin, named):
 PATHS = [
     ("/increment", {"POST", "OPTIONS"}),
     ("/increment/x", {"POST", "OPTIONS"}),
-    (wire.PATH, {"POST", "OPTIONS"}),
+    (PATH, {"POST", "OPTIONS"}),
     ("/count", {"GET", "HEAD", "OPTIONS"}),
     ("/count/x", {"GET", "HEAD", "OPTIONS"}),
     ("/increments", {"POST", "OPTIONS"}),
@@ -687,7 +688,7 @@ def test_a_query_that_means_nothing_is_refused(client, path):
         ("GET", "/peers", SLOW),
         ("GET", "/metrics", SLOW),
         ("GET", "/", SLOW),
-        ("POST", wire.PATH, PEERS),
+        ("POST", PATH, PEERS),
     ],
 )
 @pytest.mark.parametrize("headers", [(), ("Origin: https://a.example",)])
@@ -735,5 +736,5 @@ def test_head_says_how_long_the_body_would_be(client):
 def test_what_is_no_gossip_is_refused(client, node):
     """A signed but damaged message changes nothing."""
     for body in (b"x", b"{}", b"[" * 60_000):
-        signature = f"{wire.SIGNATURE}: {node.signer.request(body)}"
-        problem(client.ask("POST", wire.PATH, signature, body=body), 400)
+        signature, _ = seal(node.signer.request(), [body])
+        problem(client.ask("POST", PATH, f"{HEADER}: {signature}", body=body), 400)

@@ -121,6 +121,42 @@ def test_a_bad_argument_is_one_line_and_status_2(arguments, flag, capsys):
     assert flag in err.replace(":", " ").split()
 
 
+@pytest.fixture
+def secret_file(tmp_path):
+    """Write a secret file with a text and a mode; return its path."""
+
+    def write(text, mode=0o600):
+        path = tmp_path / "secret"
+        path.write_bytes(text)
+        path.chmod(mode)
+        return str(path)
+
+    return write
+
+
+def test_a_secret_file_has_a_secret_in_each_line(secret_file):
+    """The first signs; blank lines and spaces around a secret are no part of it."""
+    path = secret_file(b"\n" + b"a" * 32 + b" \r\n\n  " + b"b" * 33)
+    assert parse_arguments(["--secret-file", path]).secrets == (b"a" * 32, b"b" * 33)
+    assert parse_arguments([]).secrets == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "why"),
+    [
+        (b" \n", 0o600, "is empty"),
+        (b"a" * 31, 0o600, "at least 32 bytes"),
+        (b"a" * 32 + b"\nb", 0o600, "at least 32 bytes"),
+        (b"a" * 32, 0o640, "open to other users"),
+        (b"a" * 32, 0o604, "open to other users"),
+    ],
+)
+def test_a_secret_file_that_is_not_good_is_refused(secret_file, capsys, text, mode, why):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--secret-file", secret_file(text, mode)])
+    assert why in capsys.readouterr().err
+
+
 def test_help_tells_every_flag_and_its_default(capsys):
     """On standard output, with status 0."""
     with pytest.raises(SystemExit) as exit:

@@ -88,11 +88,11 @@ def command_lines_with_data():
 def test_a_command_line_is_accepted(arguments, tmp_path):
     """It listens beyond loopback, with a secret, and has peers."""
     secret = tmp_path / "secret"
-    secret.write_text("deployed")
+    secret.write_text("deployed" * 4)
     secret.chmod(0o400)
     text = re.sub(r"(--secret-file[ =])\S+", rf"\1{secret}", " ".join(arguments))
     config = parse_arguments(text.split())
-    assert (config.host, config.port, config.secret) == ("0.0.0.0", 8080, b"deployed")
+    assert (config.host, config.port, config.secrets) == ("0.0.0.0", 8080, (b"deployed" * 4,))
     assert config.peers
     assert (config.data is None) == (arguments in command_lines())
 

@@ -1,8 +1,10 @@
 """Real nodes over a bad network: keys, replays, corruption, floods, restarts under load."""
 
+import functools
 import http.client
 import os
 import random
+import re
 import socket
 import threading
 
@@ -29,7 +31,7 @@ def bad_network():
 @pytest.fixture
 def secret_file(tmp_path):
     path = tmp_path / "secret"
-    path.write_text("open sesame\n")
+    path.write_text("open sesame, thirty-two bytes of it\n")
     path.chmod(0o600)
     return path
 
@@ -216,41 +218,71 @@ def test_peers_are_served_while_clients_take_every_connection(start_node):
     assert third.count() == 1
 
 
-def test_no_acknowledged_increment_is_lost_in_a_rolling_restart(start_cluster, start_node):
-    """Each node is stopped and started in turn under load; whatever was answered is counted."""
-    nodes, over = start_cluster(3), threading.Event()
-    acknowledged, uncertain = [], []
+class Load:
+    """Clients that increment at all nodes of a list, whatever is in it at that moment, and note the answers."""
 
-    def load(position):
-        while not over.is_set():
+    def __init__(self, nodes):
+        self.nodes, self.over = nodes, threading.Event()
+        self.acknowledged, self.uncertain = [], []
+        self.clients = [threading.Thread(target=self.increment, args=(number % len(nodes),)) for number in range(6)]
+
+    def __enter__(self):
+        for client in self.clients:
+            client.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        for client in self.clients:
+            client.join()
+
+    def increment(self, position):
+        while not self.over.is_set():
             try:
-                status = nodes[position].ask("POST", "/increment").status
+                status = self.nodes[position].ask("POST", "/increment").status
             except ConnectionRefusedError:
                 status = 503
             except (OSError, http.client.HTTPException):
-                uncertain.append(1)
+                self.uncertain.append(1)
                 continue
             if status == 200:
-                acknowledged.append(1)
+                self.acknowledged.append(1)
             else:
                 assert status == 503
-                over.wait(0.01)
+                self.over.wait(0.01)
 
-    clients = [threading.Thread(target=load, args=(number % 3,)) for number in range(6)]
-    for client in clients:
-        client.start()
-    for position in range(3):
-        others = [node for node in nodes if node is not nodes[position]]
-        port = nodes[position].port
-        assert nodes[position].stop() == 0
-        nodes[position] = start_node(port=port, peers=others)
-        wait_until(lambda: all(len(node.peers()) == 2 for node in nodes))
-    over.set()
-    for client in clients:
-        client.join()
-    wait_until(lambda: len({node.count() for node in nodes}) == 1)
-    assert len(acknowledged) > 100
-    assert len(acknowledged) <= nodes[0].count() <= len(acknowledged) + len(uncertain)
+    def check(self):
+        """Check that in the end all nodes show just what was answered."""
+        wait_until(lambda: len({node.count() for node in self.nodes}) == 1)
+        least = len(self.acknowledged)
+        assert least > 100
+        assert least <= self.nodes[0].count() <= least + len(self.uncertain)
+
+
+def roll(nodes, start):
+    """Stop each node of a list in turn, and start its successor at its port."""
+    for position, node in enumerate(nodes):
+        others = [other for other in nodes if other is not node]
+        assert node.stop() == 0
+        nodes[position] = start(port=node.port, peers=others)
+        wait_until(lambda: all(len(node.peers()) == len(nodes) - 1 for node in nodes))
+
+
+def test_no_acknowledged_increment_is_lost_in_a_rolling_restart(start_cluster, start_node):
+    """Each node is stopped and started in turn under load; whatever was answered is counted."""
+    with Load(start_cluster(3)) as load:
+        roll(load.nodes, start_node)
+    load.check()
+
+
+def test_a_secret_is_replaced_in_three_rolls_and_no_increment_is_lost(start_cluster, start_node, secret_file):
+    """Old; old and new; new and old; new."""
+    old, new = secret_file.read_text().strip(), "x" * 32
+    with Load(start_cluster(3, "--secret-file", secret_file)) as load:
+        for secrets in ((old, new), (new, old), (new,)):
+            secret_file.write_text("\n".join(secrets))
+            roll(load.nodes, functools.partial(start_node, "--secret-file", secret_file))
+    load.check()
 
 
 def test_nodes_with_the_same_secret_form_a_cluster(start_cluster, secret_file):
@@ -266,13 +298,21 @@ def test_nodes_with_the_same_secret_form_a_cluster(start_cluster, secret_file):
      ("--secret-file SECRET --cluster a", "--secret-file SECRET --cluster b")],
 )  # fmt: skip
 def test_nodes_of_another_cluster_or_secret_are_not_talked_to(start_node, secret_file, of_the_first, of_the_other):
-    """It says why in its log, and neither takes over anything."""
+    """Both say why in their logs, once, and neither takes over anything."""
     first, other = (given.replace("SECRET", str(secret_file)).split() for given in (of_the_first, of_the_other))
     first = start_node(*first)
     other = start_node(*other, peers=[first])
     other.increment()
-    wait_until(lambda: "the signature is wrong" in other.stderr())
+    wait_until(lambda: "the signature is wrong" in other.stderr() and "messages refused" in first.stderr())
     assert (first.count(), first.peers(), other.peers()) == (0, set(), set())
+
+    def refused():
+        metrics = first.ask("GET", "/metrics").body.decode()
+        return int(re.search(r"^counter_gossip_messages_refused_total (\d+)$", metrics, re.MULTILINE)[1])
+
+    wait_until(lambda: refused() >= 3)
+    line = "messages refused: host=127.0.0.1 reason=the signature is wrong: another --cluster or --secret-file?"
+    assert first.stderr().count("messages refused") == first.stderr().count(line) == 1
 
 
 def test_a_page_of_another_site_cannot_increment(start_node):

@@ -10,21 +10,22 @@ import pytest
 from conftest import wait_until
 from halves import ME, A, Half, answer, introduction
 
-from counter import Delta, wire
+from counter import Delta
 from counter.links import DOUBTFUL_MAX
-from counter.wire import Signer, decode, encode
+from counter.signing import HEADER, Opener, Signer, seal
+from counter.wire import decode, encode
 from replication import Replicator
 
-SIGNER = Signer(b"", "counter")
+SIGNER = Signer((), "counter")
 
 
 class Peer(ThreadingHTTPServer):
-    """A peer that answers what `reply` returns for a request's body: (status, body, headers)."""
+    """A peer that answers what `reply` returns for a message: (status, a Message or bytes, headers)."""
 
     daemon_threads = True
 
     def __init__(self, reply):
-        self.reply, self.bodies = reply, []
+        self.reply, self.messages = reply, []
         super().__init__(("127.0.0.1", 0), PeerHandler)
         self.address = f"127.0.0.1:{self.server_address[1]}"
 
@@ -36,15 +37,18 @@ class PeerHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.bodies.append(body)
-        status, answer, headers = self.server.reply(body)
+        chain = SIGNER.request()
+        opener = Opener(chain, self.headers[HEADER])
+        lines = opener.feed(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.messages.append(decode([*lines, opener.finish()]))
+        status, answer, headers = self.server.reply(self.server.messages[-1])
+        signature, pieces = seal(chain.answer(), [answer] if type(answer) is bytes else encode(answer))
+        body = b"".join(pieces)
         self.send_response(status)
-        signature = SIGNER.answer(self.headers[wire.SIGNATURE], answer)
-        for name, value in {"Content-Length": str(len(answer)), wire.SIGNATURE: signature, **headers}.items():
+        for name, value in {"Content-Length": str(len(body)), HEADER: signature, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(answer)
+        self.wfile.write(body)
 
     def log_message(self, *_):
         pass
@@ -73,13 +77,12 @@ def pool():
         assert end() is not False
 
 
-def good(body):
+def good(message):
     """Answer as a peer that holds all it is sent, once it was asked who it is."""
-    message = decode(body)
     if message.to is None:
-        return 200, encode(introduction(address=None)), {}
+        return 200, introduction(address=None), {}
     confirms = {delta.replica: delta.through for delta in message.deltas}
-    return 200, encode(answer(message.applied, address=None, confirms=confirms or None)), {}
+    return 200, answer(message.applied, address=None, confirms=confirms or None), {}
 
 
 def test_the_pool_delivers_increments(pool):
@@ -88,7 +91,7 @@ def test_the_pool_delivers_increments(pool):
     wait_until(lambda: A in node.gossip.unconfirmed())  # it has said what it holds
     node.counter.increment("x", 3)
     replicator.wake()
-    wait_until(lambda: decode(peer.bodies[-1]).deltas == [Delta(ME, 0, 1, {"x": (1, 3)})])
+    wait_until(lambda: peer.messages[-1].deltas == [Delta(ME, 0, 1, {"x": (1, 3)})])
     wait_until(lambda: node.gossip.unconfirmed()[A] == 0)
 
 
@@ -101,15 +104,15 @@ def test_the_pool_looks_up_the_names_of_seeds(pool):
 @pytest.mark.parametrize(
     "reply",
     [
-        lambda body: (503, b"", {"Retry-After": "3600"}),
-        lambda body: (500, b"x" * 1000, {}),
-        lambda body: (302, b"", {"Location": "http://127.0.0.1:1/"}),
-        lambda body: (200, b"", {}),
-        lambda body: (200, b"{}", {}),
-        lambda body: (200, encode(answer(address=None)), {}),
-        lambda body: (200, b"not gossip", {"Content-Encoding": "gzip"}),
-        lambda body: (200, b"{}", {"Content-Length": "999"}),
-        lambda body: (*good(body)[:2], {wire.SIGNATURE: "0" * 64}),
+        lambda message: (503, b"", {"Retry-After": "3600"}),
+        lambda message: (500, b"x" * 1000, {}),
+        lambda message: (302, b"", {"Location": "http://127.0.0.1:1/"}),
+        lambda message: (200, b"", {}),
+        lambda message: (200, b"{}", {}),
+        lambda message: (200, answer(address=None), {}),
+        lambda message: (200, b"not gossip", {"Content-Encoding": "gzip"}),
+        lambda message: (200, b"{}", {"Content-Length": "999"}),
+        lambda message: (*good(message)[:2], {HEADER: "0" * 64}),
     ],
 )
 def test_a_peer_that_answers_nonsense_is_tried_again_and_harms_nobody(pool, reply, caplog):
@@ -121,7 +124,7 @@ def test_a_peer_that_answers_nonsense_is_tried_again_and_harms_nobody(pool, repl
     def contact_until(condition):
         wait_until(lambda: replicator.contact([bad.address], []) or condition())
 
-    contact_until(lambda: len(bad.bodies) >= 2)
+    contact_until(lambda: len(bad.messages) >= 2)
     bad.reply = good
     contact_until(lambda: f"recovered: addr={bad.address}" in caplog.text)
     assert "Traceback" not in caplog.text
@@ -130,7 +133,7 @@ def test_a_peer_that_answers_nonsense_is_tried_again_and_harms_nobody(pool, repl
 def test_the_log_says_in_words_why_sending_failed(pool, caplog):
     """Without what requests wraps around it: it is read by operators."""
     caplog.set_level(logging.INFO)
-    _, replicator, (peer,) = pool(lambda body: 1 / 0)  # which hangs up without an answer
+    _, replicator, (peer,) = pool(lambda message: 1 / 0)  # which hangs up without an answer
     replicator.contact([peer.address], [])
     said = f"no answer yet: addr={peer.address} error=Remote end closed connection without response"
     wait_until(lambda: said in [record.getMessage() for record in caplog.records])
@@ -174,9 +177,9 @@ def test_an_increment_wakes_a_worker_where_none_looks_by_itself(pool):
     answering = threading.Event()
     answering.set()
 
-    def slow(body):
+    def slow(message):
         answering.wait(30)
-        return good(body)
+        return good(message)
 
     node, replicator, (peer,) = pool(slow)
     replicator.contact([peer.address], [])
@@ -185,14 +188,14 @@ def test_an_increment_wakes_a_worker_where_none_looks_by_itself(pool):
     node.counter.increment("x")
     replicator.wake()
     try:
-        wait_until(lambda: decode(peer.bodies[-1]).deltas)
+        wait_until(lambda: peer.messages[-1].deltas)
         node.counter.increment("x")
         wait_until(lambda: not node.links.asleep)
         replicator.wake()
     finally:
         answering.set()
     wait_until(lambda: node.gossip.unconfirmed()[A] == 0)
-    assert sum(delta.through for body in peer.bodies for delta in decode(body).deltas) == 1 + 2
+    assert sum(delta.through for message in peer.messages for delta in message.deltas) == 1 + 2
     wait_until(lambda: node.links.asleep)
 
 

@@ -306,7 +306,7 @@ def test_nodes_of_a_later_version_in_a_cluster_change_nothing():
 
     class NewerNetwork(Network):
         def _receive(self, sent):
-            return super()._receive(json.dumps(with_more(json.loads(sent))).encode())
+            return super()._receive([json.dumps(with_more(json.loads(line))).encode() for line in sent])
 
     ends = []
     for kind in (Network, NewerNetwork):
@@ -341,7 +341,7 @@ def test_recorded_messages_are_worth_nothing(restarted):
     network.run(1)  # what was on its way has arrived
     before = [(node.counter.vector(), node.table.snapshot(network.now)) for node in network.alive()]
     for node in network.alive():
-        for body in recorded:
-            assert node.gossip.receive(decode(body), network.now).number is not None
+        for lines in recorded:
+            assert node.gossip.receive(decode(lines), network.now).number is not None
     assert before == [(node.counter.vector(), node.table.snapshot(network.now)) for node in network.alive()]
     assert {node.counter.value("a") for node in network.alive()} == {0 if restarted else 100}

@@ -39,14 +39,15 @@ def test_what_a_later_version_adds_is_ignored():
     delta = Delta(B, 1, 3, {"x": (2, 5), "y": (3, 1)}, keys, ((A, 1), (C, 1)))
     for applied, hash in (({A: 5}, None), (None, "0" * 32)):
         message = Message(A_SENDS, View([(B, AT_B, 3)], [(C, 5)]), applied, hash, {B: 3}, [delta], {C: GAP})
-        fields = json.loads(encode(message))
+        (line,) = encode(message)
+        fields = json.loads(line)
         more = with_more(fields)
         assert json.dumps(more).count("later") == 12
-        assert decode(json.dumps(more).encode()) == decode(encode(message)) == message
+        assert decode([json.dumps(more).encode()]) == decode(encode(message)) == message
 
 
 def test_a_later_version_says_which_it_is():
-    assert decode(json.dumps(with_sender() | {"v": 7}).encode()).v == 7
+    assert decode([json.dumps(with_sender() | {"v": 7}).encode()]).v == 7
     assert decode(encode(Message(A_SENDS, NOBODY, None, None, None, []))).v == wire.VERSION
 
 
@@ -73,7 +74,7 @@ def test_what_nodes_of_version_1_0_send_is_understood():
     cancelling = Delta(ME, 0, 1, {"x": (1, -4)}, (), ((A, 1), (B, 1)))
     deltas = [Delta(A, 1, 3, {"y": (3, 1), "x": (2, -5)}, ((3, DIGEST, "y", 1, 0.5),)), cancelling]
     view = View([(B, AT_B, 3), (C, "[::1]:80", 9)], [(ME, wire.BEAT_MAX)])
-    assert [decode(body) for body in RECORDED] == [
+    assert [decode([body]) for body in RECORDED] == [
         Message(sender, view, {A: 3, B: 2}, None, None, deltas, v=0),
         Message(sender._replace(address=None, leaving=True), NOBODY, None, "0" * 32, {B: 2}, [], v=0),
         Message(sender, NOBODY, None, None, None, [Delta(A, 0, 1, {"default": (1, 1)})], v=0),
@@ -96,7 +97,7 @@ def with_sender(**changes):
 @pytest.mark.parametrize("body", [b"", b"x", b"\xff", b"[]", b"{}", b"1", b'"x"', b"null", b"[" * 60_000])
 def test_what_is_no_message_is_refused(body):
     with pytest.raises(ValueError):
-        decode(body)
+        decode([body])
 
 
 @pytest.mark.parametrize(
@@ -188,30 +189,113 @@ def test_what_is_no_message_is_refused(body):
 )
 def test_a_message_with_any_impossible_part_is_refused(fields):
     with pytest.raises(ValueError):
-        decode(json.dumps(fields).encode())
+        decode([json.dumps(fields).encode()])
 
 
 def test_a_good_message_of_that_kind_is_taken():
     delta = Delta(A, 1, 3, {"x": (2, 5), "y": (3, 1)})
-    assert decode(json.dumps(with_delta()).encode()).deltas == [delta]
+    assert decode([json.dumps(with_delta()).encode()]).deltas == [delta]
     fields = with_delta(keys=[GOOD_KEY], requires=[[B, 2]])
     delta = delta._replace(keys=(tuple(GOOD_KEY),), requires=((B, 2),))
-    assert decode(json.dumps(fields).encode()).deltas == [delta]
+    assert decode([json.dumps(fields).encode()]).deltas == [delta]
+
+
+def long_message():
+    """Return a message of which every part is too long for one line."""
+    ids = [f"{number:08x}-1111-8111" for number in range(2 * wire.PIECE + 1)]
+    names = [f"x{number}" for number in range(3 * wire.PIECE)]
+    totals = {name: (number, -number) for number, name in enumerate(names, 1)}
+    keys = tuple((number, DIGEST, name, 1, 0.5) for number, name in enumerate(names, 1))
+    view = View([(id, AT_B, 3) for id in ids], [(id, 7) for id in ids])
+    vector = {id: number for number, id in enumerate(ids)}
+    small = Delta(A, 1, 3, {"x": (3, -7)}, (), ((A, 2), (B, 1)))
+    deltas = [small, Delta(B, 0, len(names), totals, keys), small, Delta(C, 0, len(names), totals)]
+    refused = dict.fromkeys(ids, GAP)
+    return Message(A_SENDS, view, vector, None, vector, deltas, refused, C, 5)
+
+
+def test_a_long_message_goes_in_lines_of_which_none_is_long():
+    """So it is never whole in memory, and a slow link always moves something."""
+    message = long_message()
+    lines = list(encode(message))
+    assert decode(lines) == message
+    assert list(encode(message)) == lines
+    assert len(lines) > 15
+    assert max(map(len, lines)) < 20_000
+    assert not any(b"\n" in line for line in lines)
+
+
+def test_a_short_message_of_long_parts_goes_in_lines_as_well():
+    """Names of counters and of hosts may be long."""
+    peers = [(A, f"{'x' * 60}.{'y' * 60}.{'z' * 60}.{number}.example:80", 1) for number in range(500)]
+    message = Message(A_SENDS, View(peers, []), {}, None, None, [])
+    lines = list(encode(message))
+    assert decode(lines) == message
+    assert len(lines) > 5
+    assert max(map(len, lines)) <= wire.LINE_BYTES
+
+
+def test_no_call_of_json_gets_more_than_a_piece(monkeypatch):
+    """Or all other threads would stand still."""
+    sizes, dumps = [], json.dumps
+
+    def size(value):
+        return sum(map(size, value.values() if type(value) is dict else value)) if type(value) in (dict, list) else 1
+
+    monkeypatch.setattr(json, "dumps", lambda value, **how: sizes.append(size(value)) or dumps(value, **how))
+    list(encode(long_message()))
+    assert max(sizes) <= wire.PIECE
+
+
+def test_what_a_later_version_adds_to_a_long_message_is_ignored():
+    message = long_message()
+    lines = [json.dumps(with_more(json.loads(line))).encode() for line in encode(message)]
+    lines[1:1] = [b'{"later":[1]}']
+    assert decode(lines) == message
+
+
+@pytest.mark.parametrize("left", [0, 1, 5, -1])
+def test_a_long_message_that_is_cut_short_is_none(left):
+    lines = list(encode(long_message()))
+    with pytest.raises(ValueError):
+        decode(lines[:left])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"[]",
+        b"5",
+        b'{"totals":{"x":[1,1]}}',
+        b'{"keys":[[1,"0123456789abcdef0123456789abcdef","x",1,0]]}',
+        b'{"view":5}',
+        b'{"view":{"peers":5}}',
+        b'{"applied":5}',
+        b'{"delta":{}}',
+        b'{"end":true}',
+    ],
+)
+def test_a_line_that_cannot_follow_is_refused(line):
+    first, *_ = encode(long_message())
+    with pytest.raises(ValueError):
+        decode([first, line, b'{"end":true}', b'{"end":true}'])
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_message_damaged_anywhere_is_refused_or_still_makes_sense(seed):
     """Whatever bytes arrive, nothing but ValueError comes out."""
     rng = random.Random(seed)
-    body = encode(
-        Message(A_SENDS, View([(B, AT_B, 3)], [(C, 5)]), {A: 5}, None, {B: 1}, [Delta(A, 1, 3, {"x": (3, -7)})])
-    )
-    for _ in range(300):
-        damaged = bytearray(body)
-        for _ in range(rng.randint(1, 3)):
-            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
-        with contextlib.suppress(ValueError):
-            assert encode(decode(bytes(damaged)))
+    short = Message(A_SENDS, View([(B, AT_B, 3)], [(C, 5)]), {A: 5}, None, {B: 1}, [Delta(A, 1, 3, {"x": (3, -7)})])
+    for message, tries in ((short, 300), (long_message(), 10)):
+        lines = list(encode(message))
+        for _ in range(tries):
+            damaged = list(map(bytearray, lines))
+            for _ in range(rng.randint(1, 3)):
+                line = rng.choice(damaged)
+                line[rng.randrange(len(line))] = rng.randrange(256)
+            with contextlib.suppress(ValueError):
+                assert list(encode(decode(map(bytes, damaged))))
 
 
 def test_equal_vectors_have_equal_hashes():
@@ -224,23 +308,3 @@ def test_lacking_is_to_hold_less_of_any_replica():
     assert not lacks({A: 2, B: 1}, {A: 1})
     assert lacks({A: 2}, {A: 1, B: 1})
     assert lacks({}, {A: 1})
-
-
-def test_a_large_delta_is_encoded_like_a_small_one():
-    names = range(2 * wire.PIECE + 1)
-    totals = {f"x{number}": (number + 1, number) for number in names}
-    keys = tuple((number + 1, DIGEST, f"x{number}", 1, 0.5) for number in names)
-    large = [Delta(A, 0, len(names), totals, (), ((B, 1),)), Delta(A, 0, len(names), totals, keys)]
-    message = Message(A_SENDS, NOBODY, {A: 5}, None, None, [Delta(A, 1, 3, {"x": (3, -7)}), *large])
-    assert decode(encode(message)) == message
-    assert b" " not in encode(message)
-
-
-def test_no_call_of_json_gets_more_than_a_piece(monkeypatch):
-    """Or all other threads would stand still: also where one counter has many keys."""
-    sizes, dumps = [], json.dumps
-    monkeypatch.setattr(json, "dumps", lambda value, **how: sizes.append(len(value)) or dumps(value, **how))
-    many = range(1, 2 * wire.PIECE + 2)
-    keys = tuple((number, DIGEST, "x", 1, 0.5) for number in many)
-    encode(Message(A_SENDS, NOBODY, None, None, None, [Delta(A, 0, many[-1], {"x": (many[-1], many[-1])}, keys)]))
-    assert max(sizes) == wire.PIECE
