@@ -27,7 +27,7 @@ class Cancellations:
         return map(replica_of, self._ids)
 
     def __contains__(self, replica):
-        return self._index.find(replica_bits(replica)) >= 0
+        return self._index.find([replica_bits(replica)]) != [-1]
 
     def add(self, smaller, larger, number, amount):
         """Cancel the dot `larger`, which counted `amount` to the counter with that number; all or nothing."""
@@ -38,7 +38,7 @@ class Cancellations:
             self._numbers.append(number)
             self._amounts.append(amount)
             self._ids.append(replica_bits(cancelling_replica(larger)))
-            self._index.add_last()
+            self._index.add(length)
         except BaseException:
             self._truncate(length)
             raise
@@ -54,7 +54,7 @@ class Cancellations:
 
     def get(self, replica):
         """Return (smaller dot, larger dot, number of the counter, amount) of a cancellation that is held."""
-        row = self._index.find(replica_bits(replica))
+        (row,) = self._index.find([replica_bits(replica)])
         stays, sequence, cancelled, cancelled_sequence = self._dots[4 * row : 4 * row + 4]
         dots = (replica_of(stays), sequence), (replica_of(cancelled), cancelled_sequence)
         return *dots, self._numbers[row], self._amounts[row]

@@ -47,15 +47,14 @@ class _Columns:
         """Append a use, or raise and have changed nothing."""
         length = len(self.sequences)
         try:
-            if renews:
-                self.renews[sequence] = renews
             self.digests += digest.to_bytes(16, "big")
             self.counters.append(counter)
             self.amounts.append(amount)
             self.times.append(time)
             self.sequences.append(sequence)
+            if renews:
+                self.renews[sequence] = renews
         except BaseException:
-            self.renews.pop(sequence, None)
             self.truncate(length)
             raise
 
@@ -222,19 +221,23 @@ class KeyTable:
 
         If it raises an exception, nothing has changed.
         """
-        log, before = self._logs.get(use.replica) or self._new_log(use.replica), self._latest.get(use.digest)
-        length = len(log)
-        if length and use.sequence <= log.sequences[-1]:
+        replica, sequence, digest, counter, amount, at, renews = use
+        log, before = self._logs.get(replica) or self._new_log(replica), self._latest.get(digest)
+        length = len(log.sequences)
+        if length and sequence <= log.sequences[-1]:
             return True  # there was no memory to forget it again, as there was none for the rest of its delta
         try:
-            dot, self._oldest = log.pack(use.sequence), min(self._oldest, use.at)
-            log.append(*use[1:])
+            dot = sequence << _NUMBER_BITS | log.number
+            log.append(sequence, digest, counter, amount, at, renews)
             if before is not None:
                 self._previous[dot] = before
-            self._latest[use.digest] = dot
+            self._latest[digest] = dot
+            if at < self._oldest:
+                self._oldest = at
         except BaseException:
             if length < len(log):
                 self._previous.pop(dot, None)
+                log.renews.pop(sequence, None)
             log.truncate(length)
             if log.first == length:
                 self._drop(log)

@@ -82,7 +82,9 @@ class Counter:
         """
         with self._lock:
             counted = self._histories.count(name, amount)
-            self._changed_locked(counted[0], counted[1])
+            self._vector = None
+            if self._waiters.any:
+                self._waiters.wake(*counted[:2])
             return counted
 
     def increment_once(self, key, name, amount, now):

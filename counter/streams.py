@@ -21,39 +21,32 @@ class Index:
     __slots__ = ("_column", "_slots")
 
     def __init__(self, column):
-        self._column = column
-        self._build()
+        self._column, self._slots = column, array("I", [0])
+        self.add(0)
 
-    def _build(self):
-        self._slots = array("I", bytes(4 << (3 * len(self._column) // 2).bit_length()))
-        for row in range(len(self._column)):
-            self._put(row)
+    def find(self, numbers):
+        """Return the rows of some numbers, a list; -1 for one that has none."""
+        column, slots, rows = self._column, self._slots, []
+        last = len(slots) - 1
+        for number in numbers:
+            slot = number * _MIX >> 20 & last
+            while (row := slots[slot]) and column[row - 1] != number:
+                slot = slot + 1 & last
+            rows.append(row - 1)
+        return rows
 
-    def find(self, number):
-        """Return the row of a number; -1 if it has none."""
+    def add(self, first):
+        """Take in the rows of the column from `first` on, whose numbers are new."""
         column, slots = self._column, self._slots
+        if 3 * len(column) > 2 * len(slots):
+            first, slots = 0, array("I", bytes(4 << (3 * len(column) // 2).bit_length()))
         last = len(slots) - 1
-        slot = number * _MIX >> 20 & last
-        while row := slots[slot]:
-            if column[row - 1] == number:
-                return row - 1
-            slot = slot + 1 & last
-        return -1
-
-    def add_last(self):
-        """Take in the last row of the column, which is new."""
-        if 3 * len(self._column) > 2 * len(self._slots):
-            self._build()
-        else:
-            self._put(len(self._column) - 1)
-
-    def _put(self, row):
-        slots = self._slots
-        last = len(slots) - 1
-        slot = self._column[row] * _MIX >> 20 & last
-        while slots[slot]:
-            slot = slot + 1 & last
-        slots[slot] = row + 1
+        for row in range(first, len(column)):
+            slot = column[row] * _MIX >> 20 & last
+            while slots[slot]:
+                slot = slot + 1 & last
+            slots[slot] = row + 1
+        self._slots = slots
 
 
 class Totals(Mapping):
@@ -81,7 +74,10 @@ class Totals(Mapping):
         for name, (sequence, total) in entries:
             self._names.append(name)
             self._sequences.append(sequence)
-            self._totals = with_total(self._totals, total)
+            try:
+                self._totals.append(total)
+            except OverflowError:
+                self._totals = [*self._totals, total]
         self._length = None
 
     def items(self):
@@ -91,6 +87,10 @@ class Totals(Mapping):
             names = map(names.__getitem__, self._numbers)
         rows = zip(names, zip(self._sequences, self._totals))  # noqa: B905 - names may have grown since
         return (entry for entry in rows if entry[1][0] > after) if after else rows
+
+    def values(self):
+        """Return an iterator over pairs (sequence, total)."""
+        return (entry for _, entry in self.items())
 
     def __iter__(self):
         return (name for name, _ in self.items())
@@ -105,15 +105,6 @@ class Totals(Mapping):
             if name == wanted:
                 return entry
         raise KeyError(wanted)
-
-
-def with_total(totals, total):
-    """Return a column of totals with one more at its end: a list once they exceed 64 bits."""
-    try:
-        totals.append(total)
-    except OverflowError:
-        totals = [*totals, total]
-    return totals
 
 
 class Stream:
@@ -139,23 +130,31 @@ class Stream:
     def __len__(self):
         return len(self.sequences)
 
-    def find(self, number):
-        """Return the row of a counter; -1 if it has none."""
-        if self._index is None:
-            if len(self.numbers) <= SMALL:
-                return self.numbers.index(number) if number in self.numbers else -1
-            self._index = Index(self.numbers)
-        return self._index.find(number)
+    def rows(self, numbers):
+        """Return the rows of some counters, a list; where one has none yet, a new one that holds nothing."""
+        length = len(self)
+        if not length:
+            rows = [-1] * len(numbers)
+        elif length <= SMALL and self._index is None:
+            rows = [self.numbers.index(number) if number in self.numbers else -1 for number in numbers]
+        else:
+            self._index = self._index or Index(self.numbers)
+            rows = self._index.find(numbers)
+        if -1 in rows:
+            new = [number for number, row in zip(numbers, rows, strict=True) if row < 0]
+            self.extend(new)
+            places = iter(range(length, length + len(new)))
+            rows = [next(places) if row < 0 else row for row in rows]
+        return rows
 
-    def add(self, number):
-        """Return a new row for a counter that has none; it holds nothing."""
-        row = len(self.sequences)
-        self.totals = with_total(self.totals, 0)
-        self.sequences.append(0)
-        self.numbers.append(number)
+    def extend(self, numbers):
+        """Make rows for counters that have none."""
+        length = len(self)
+        self.numbers.extend(numbers)
+        self.sequences.frombytes(bytes(8 * len(numbers)))
+        self.totals.extend([0] * len(numbers))
         if self._index is not None:
-            self._index.add_last()
-        return row
+            self._index.add(length)
 
     def truncate(self, length):
         """Drop the rows from `length` on, as there was no memory for something else that goes with them."""
@@ -220,17 +219,15 @@ class OwnStream(Stream):
         super().__init__(replica)
         self.totals = []  # integers of any size: nothing is to be made room for when counting
 
-    def find(self, number):
-        return number
+    def rows(self, numbers):
+        return numbers
 
     def given_up(self, through):
         """Return the same history, held through a sequence, as that of a replica that does not count here."""
         stream = Stream(self.replica)
-        for row, sequence in enumerate(self.sequences):
-            if sequence:
-                stream.add(row)
-                stream.sequences[-1] = sequence
-                stream.make_room([self.totals[row]])
-                stream.totals[-1] = self.totals[row]
+        stream.rows([row for row, sequence in enumerate(self.sequences) if sequence])
+        stream.make_room(self.totals)
+        for row, number in enumerate(stream.numbers):
+            stream.sequences[row], stream.totals[row] = self.sequences[number], self.totals[number]
         stream._skip_log(through)
         return stream

@@ -18,17 +18,12 @@ class Values:
     def __len__(self):
         return len(self.names)
 
-    def create(self, name):
-        """Return the number of a new counter; it stands at 0.  If it raises MemoryError, there is none."""
-        number = len(self.names)
-        try:
-            self.values.append(0)
+    def create(self, names):
+        """Make counters, which stand at 0.  It may raise MemoryError with only some of them made."""
+        self.values.extend([0] * len(names))
+        for name in names:
             self.names.append(name)
-            self.numbers[name] = number
-        except BaseException:
-            self.truncate(number)
-            raise
-        return number
+            self.numbers[name] = len(self.names) - 1
 
     def truncate(self, length):
         """Drop the counters from number `length` on: they were not needed after all."""
