@@ -11,9 +11,9 @@ import itertools
 import json
 import re
 
+from counter.checks import AGE_MAX_S, checked_delta
 from counter.ids import AMOUNT_MAX, NAME, SEQUENCE_MAX, replica_of
 from counter.state import Delta
-from counter.wire import AGE_MAX_S, checked_delta
 
 FORMAT = 1
 PIECE = 1000  # entries or keys of a line

@@ -83,8 +83,8 @@ class Counter:
         with self._lock:
             counted = self._histories.count(name, amount)
             self._vector = None
-            if self._waiters.any:
-                self._waiters.wake(*counted[:2])
+            if self._waiters:
+                self._waiters.reached_locked(*counted[:2])
             return counted
 
     def increment_once(self, key, name, amount, now):
