@@ -6,7 +6,8 @@ prepared is taken back.
 """
 
 from array import array
-from operator import add, sub
+from itertools import chain, repeat
+from operator import add, setitem, sub
 
 from counter.ids import new_replica
 from counter.keys import Use
@@ -39,14 +40,14 @@ class Histories:
         Raises TooManyCounters, and then has changed nothing.
         """
         own, counters, values = self.own, self.counters, self.counters.values
-        number, known = counters.numbers.get(name), len(values)
-        if number is None:
-            if known >= self._counters_max:
-                raise TooManyCounters
-            (number,) = self._create([name])
-        replica = own.replica
+        number, known, replica = counters.numbers.get(name), len(values), own.replica
+        if number is None and known >= self._counters_max:
+            raise TooManyCounters
         held = self.applied[replica]
         try:
+            if number is None:
+                self._create([name])
+                number = known
             sequence, total, value = held + 1, own.totals[number] + amount, values[number] + amount
             counted = replica, sequence, value
             if use:
@@ -80,7 +81,9 @@ class Histories:
             totals = list(map(add, map(own.totals.__getitem__, numbers), amounts.values()))
             sums = list(map(add, map(values.__getitem__, numbers), amounts.values()))
             sequences = list(range(held + 1, held + 1 + len(numbers)))
-            changes = zip(numbers, sequences, totals, sums, strict=True)
+            changes = _changes(
+                (own.sequences, numbers, sequences), (own.totals, numbers, totals), (values, numbers, sums)
+            )
             counted = replica, sequences[-1], dict(zip(amounts, sums, strict=True))
             for use, sequence, number, amount in zip(uses, sequences, numbers, amounts.values()):  # noqa: B905
                 digest, now, renews = use
@@ -91,9 +94,8 @@ class Histories:
         except BaseException:
             self._undo(own, held, known, known)
             raise
-        for number, sequence, total, value in changes:
-            own.sequences[number], own.totals[number], values[number] = sequence, total, value
-        self.applied[replica] = sequence
+        any(changes)
+        self.applied[replica] = counted[1]
         return counted
 
     def _create(self, names):
@@ -123,8 +125,12 @@ class Histories:
         stream = self.streams.get(replica) or Stream(replica)
         length, counters = len(stream), len(self.counters)
         try:
-            rows, sequences, *changes = self._prepare(stream, held, totals)
-            changes = zip(rows, sequences, *changes, strict=True)
+            rows, sequences, sums, numbers, values = self._prepare(stream, held, totals)
+            changes = _changes(
+                (stream.sequences, rows, sequences),
+                (stream.totals, rows, sums),
+                (self.counters.values, numbers, values),
+            )
             conflicts = self.conflicts + self._remember(replica, held, keys, now)
             self.streams.setdefault(replica, stream)
             self.applied.setdefault(replica, 0)
@@ -135,9 +141,7 @@ class Histories:
                 self.applied.pop(replica, None)
             self._undo(stream, held, length, counters)
             raise
-        values, column, totals = self.counters.values, stream.sequences, stream.totals
-        for row, sequence, total, number, value in changes:
-            column[row], totals[row], values[number] = sequence, total, value
+        any(changes)
         self.applied[replica], self.conflicts = through, conflicts
 
     def _prepare(self, stream, held, totals):
@@ -177,3 +181,12 @@ class Histories:
         self.streams[replica], self.own = given_up, new
         if not self.applied[replica]:
             del self.applied[replica], self.streams[replica]
+
+
+def _changes(*changes):
+    """Return an iterator that puts values into columns while any() goes through it, given (column, indexes, values).
+
+    That allocates nothing, and so cannot fail half way.  A `for` loop would make an iterator, and
+    taking a tuple apart makes another where the code has not run often yet.
+    """
+    return chain(*[map(setitem, repeat(column), indexes, values) for column, indexes, values in changes])

@@ -311,10 +311,10 @@ class Counter:
         # A cancellation must not be applied before both increments it refers to.  What is none, though
         # it says so, never is.
         is_one = through == len(totals) == 1 and len(dots) == 2 and replica == cancelling_replica(dots[1])
-        name, (_, total) = next(iter(totals.items()))
-        if not is_one or name not in self._counters.numbers or not all(self.holds(*dot) for dot in dots):
+        name = next(iter(totals))
+        if not is_one or name not in self._counters.numbers or not (self.holds(*dots[0]) and self.holds(*dots[1])):
             return NEEDS
-        self._cancel_locked(replica, dots, self._counters.numbers[name], -total)
+        self._cancel_locked(replica, dots, self._counters.numbers[name], -totals[name][1])
         return APPLIED
 
     # The own id.

@@ -33,6 +33,8 @@ class FullArray(array):
     def append(self, _):
         raise MemoryError
 
+    frombytes = append
+
 
 def fill_names(counter):
     counter._counters.names = Full(counter._counters.names)
