@@ -20,6 +20,7 @@ from counter import Delta, connections, http1, lanes, new_replica, places, polle
 from counter.config import parse_arguments
 from counter.lanes import SLOW, WAITS
 from counter.places import CLIENT, PEER
+from counter.serving import SLOW_THREADS
 from counter.signing import HEADER, PATH
 from counter_server import Node
 
@@ -728,7 +729,7 @@ def test_an_action_that_is_slow_holds_up_nobody(start_local, connect, monkeypatc
     """Not another slow one, until as many threads are taken as there are for those."""
     node, over = start_local(), threading.Event()
     monkeypatch.setattr(node.gossip, "unconfirmed", lambda: over.wait() and {})  # which /peers asks for
-    slow = [connect(node) for _ in range(2)]
+    slow = [connect(node) for _ in range(SLOW_THREADS - 1)]
     for client in slow:
         client.send(request("GET", "/peers"))
     assert connect(node).ask("GET", "/counts").status == 200
