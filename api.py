@@ -47,6 +47,7 @@ class Api:
     open_paths = frozenset({PATH, "/healthz", "/readyz", "/"})
 
     def __init__(self, config, counter, table, gossip, replicator, server, store, tokens, status):
+        self._hosts = auth.Hosts(config, server.server_address[0])
         self._cors_origins, self._window_s = config.cors_origin, config.idempotency_window
         self._store, self._fsync = store, config.fsync  # the store is None without --data
         self._counter, self._table, self._gossip = counter, table, gossip
@@ -89,6 +90,7 @@ class Api:
 
     def action(self, head):
         """Return what answers a request with this head; Refused if nothing does."""
+        self._hosts.check(head)
         lines = auth.cross_origin_headers(head, self._cors_origins)
         if lines is None:
             return self._admitted(head)

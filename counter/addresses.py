@@ -4,7 +4,7 @@ import functools
 import ipaddress
 import re
 
-_HOST = re.compile(r"[a-z0-9._-]{1,253}\Z")
+HOST = re.compile(r"[a-z0-9._-]{1,253}\Z")
 
 
 @functools.lru_cache(4096)  # a large cluster's messages repeat some hundred of them, again and again
@@ -15,7 +15,7 @@ def parse_address(text):
         raise ValueError(f"{text!r} is not HOST:PORT")
     if host.startswith("[") and host.endswith("]") and "%" not in host:  # a zone means nothing elsewhere
         return f"[{ipaddress.IPv6Address(host[1:-1]).compressed}]:{int(port)}"
-    if not _HOST.match(host.lower()):
+    if not HOST.match(host.lower()):
         raise ValueError(f"{text!r} is not HOST:PORT (IPv6 goes in brackets)")
     return f"{host.lower()}:{int(port)}"
 

@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass
 
 from counter import __version__
-from counter.addresses import parse_address
+from counter.addresses import HOST, parse_address
 from counter.private import read_private_file
 from counter.tokens import read_token_file
 
@@ -40,6 +40,7 @@ class Config:
     max_idempotency_keys: int
     data: str  # the data file, or None: counts live in memory alone
     fsync: str  # "always" or "never"
+    allow_host: tuple  # of further names by which this node answers; "*" is any
     cors_origin: tuple  # of origins whose pages may use this node; "*" is any
     secrets: tuple  # of bytes, () without --secret-file; the first signs, all are accepted
     token_file: str  # or None
@@ -80,7 +81,7 @@ def parse_arguments(arguments):
         parser.error("argument --retry-backoff-max: must not be shorter than --retry-backoff")
     if not options.secrets and not options.insecure and not _is_loopback(options.host, parser):
         parser.error("argument --host: to listen beyond loopback give --secret-file, or --insecure")
-    fields = vars(options) | {"peers": tuple(options.peers), "cors_origin": tuple(options.cors_origin)}
+    fields = {name: tuple(value) if type(value) is list else value for name, value in vars(options).items()}
     fields["token_file"], fields["tokens"] = options.token_file or (None, ())
     del fields["insecure"]
     return Config(**fields)
@@ -98,6 +99,14 @@ def _add_flags(parser):
         default=512,
         metavar="N",
         help="requests that may wait at once for acks or an increment",
+    )
+    listen(
+        "--allow-host",
+        type=_host,
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer requests by this name in Host as well; repeatable, * is any",
     )
     listen(
         "--cors-origin",
@@ -166,6 +175,12 @@ def _is_loopback(host, parser):
 def _origin(text):
     if text not in ("*", "null") and not _ORIGIN.match(text.lower()):
         raise argparse.ArgumentTypeError(f"{text!r} is not an origin as browsers send it, such as https://example.org")
+    return text.lower()
+
+
+def _host(text):
+    if text != "*" and not HOST.match(text.lower()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name as it stands in a URL, such as counter.example.org")
     return text.lower()
 
 

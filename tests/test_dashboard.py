@@ -25,6 +25,7 @@ SWITCHES = (
     "--disable-quic",
     "--no-first-run",
     "--disable-dev-shm-usage",
+    "--host-resolver-rules=MAP evil.example 127.0.0.1",
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
@@ -467,3 +468,18 @@ def test_nothing_is_cut_and_nothing_overlaps(page, start_node, size, scheme):
     assert sees(OVERLAPPING, "#count, #name, #plus, #rate, #plot, #peers :is(td, th), #rows :is(td, th), dd, dt") == []
     if size == DESKTOP:  # a phone breaks the longest numbers
         assert sees(BROKEN, "#rows td:nth-child(2), dd") == []
+
+
+def test_a_page_whose_name_comes_to_mean_this_machine_gets_nothing(page, start_node):
+    """Its origin is that of the node, so the browser lets it ask; the node does not answer by that name."""
+    node = start_node()
+    node.increment("/increment/private")
+    page.driver.get(f"http://evil.example:{node.port}/counts")
+    assert "private" not in page.driver.page_source
+    statuses = page.driver.execute_async_script("""
+        const [done] = arguments, requests = {"/counts": "GET", "/increment": "POST", "/internal/gossip": "POST"};
+        const status = ([path, method]) => fetch(path, {method}).then(answer => answer.status);
+        Promise.all(Object.entries(requests).map(status)).then(done)""")
+    assert statuses == [421, 421, 421]
+    assert node.get("/counts")["counts"] == {"private": 1}
+    assert len(page.errors()) >= 3  # the browser's complaints of these answers

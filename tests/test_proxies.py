@@ -82,7 +82,7 @@ def ask(port, method, path, **headers):
 @pytest.mark.parametrize(("program", "language"), [(nginx, "nginx"), (caddy, "caddy")])
 def test_a_proxy_shows_a_node_under_a_path_of_its_own(start_node, start_proxy, program, language):
     """The page is there, its +1 is taken, and the path without the slash leads to it."""
-    node = start_node()
+    node = start_node("--allow-host", SITE)
     port = start_proxy(program, documented(language).replace("127.0.0.1:8080", node.address))
     assert b"<title>Counter</title>" in ask(port, "GET", "/counters/").body
     counted = ask(port, "POST", "/counters/increment/visits?amount=2", Origin=f"http://{SITE}:{port}")
