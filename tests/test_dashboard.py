@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import http.client
 import re
+import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -468,6 +469,47 @@ def test_nothing_is_cut_and_nothing_overlaps(page, start_node, size, scheme):
     assert sees(OVERLAPPING, "#count, #name, #plus, #rate, #plot, #peers :is(td, th), #rows :is(td, th), dd, dt") == []
     if size == DESKTOP:  # a phone breaks the longest numbers
         assert sees(BROKEN, "#rows td:nth-child(2), dd") == []
+
+
+def test_a_page_asks_for_a_token_and_keeps_it_for_the_tab(page, start_node, tmp_path):
+    """It is sent with every request, outlives a reload, and is forgotten where the person or the node says so."""
+    file = tmp_path / "tokens"
+    file.touch(0o600)
+    file.write_text("read just+looking\nwrite all~of/it=\n")
+    node = start_node("--token-file", file)
+
+    def asks(why):
+        wait_until(lambda: page.text("live") == "asks for a token" and page.text("asking-why") == why)
+        assert not page.element("gone").is_displayed()
+
+    def show(token):
+        page.element("token").send_keys(token, Keys.ENTER)
+
+    page.driver.get(f"http://{node.address}/")
+    asks("This node asks for a token.")
+    assert page.said() == "This node asks for a token."
+    show("wrong")
+    asks("This node does not know that token, or no longer.")
+    show("no token at all")  # which the browser does not take
+    show(Keys.CONTROL + "a" + Keys.NULL + "just+looking")
+    wait_until(lambda: page.text("live") == "live" and page.text("count") == "0")
+    assert not page.element("asking").is_displayed()
+    assert not page.element("links").is_displayed()
+    page.element("plus").click()
+    wait_until(lambda: page.text("refused") == "default was not counted: this token may only read")
+    page.element("forget").click()
+    asks("This node asks for a token.")
+    show("all~of/it=")
+    wait_until(lambda: page.text("live") == "live")
+    page.element("plus").click()
+    wait_until(lambda: page.text("count") == "1")
+    page.driver.refresh()
+    wait_until(lambda: page.text("live") == "live" and page.text("count") == "1")
+    file.write_text("read just+looking\n")
+    node.send_signal(signal.SIGHUP)
+    asks("This node does not know that token, or no longer.")
+    assert all(" 401 " in message or " 403 " in message for message in page.errors())
+    page.driver.execute_script("sessionStorage.clear()")
 
 
 def test_a_page_whose_name_comes_to_mean_this_machine_gets_nothing(page, start_node):
