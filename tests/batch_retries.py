@@ -19,7 +19,8 @@ SIZE = 3
 def send_and_lose_the_answer(node, headers, body):
     """Send a batch and hang up before the answer can arrive; return once it was counted."""
     before = counted(node)
-    lines = [f"{name}: {value}" for name, value in {"Host": "localhost", "Content-Length": len(body), **headers}.items()]
+    headers = {"Host": "localhost", "Content-Length": len(body), **headers}
+    lines = [f"{name}: {value}" for name, value in headers.items()]
     head = "\r\n".join(["POST /increments HTTP/1.1", *lines, "", ""])
     with contextlib.closing(socket.create_connection(("127.0.0.1", node.port), timeout=10)) as sock:
         sock.sendall(head.encode() + body)
