@@ -354,7 +354,7 @@ class Connection:
         except Refused as refused:
             refused.close = True  # the rest of the body is not a request
             self._exchange.failure = refused
-        except Exception as error:
+        except Exception as error:  # a bug: respond() raises it again, and there it is logged
             self._exchange.failure = error
         self._answer(tally)
 

@@ -49,7 +49,7 @@ class Exchange:
             response, further = http1.opened(self.action(body, connection))
         except Refused as refused:
             response, close = refused.response(), refused.close
-        except Exception as error:
+        except Exception as error:  # a bug: it is logged, and costs this connection only
             response, close = connection.response_to_failure(error), True
         tally.of(self.route).count(response, time.perf_counter() - self.began)
         return response, further, close
@@ -76,7 +76,7 @@ class Repeated:
             response = self._action(b"", connection)
         except Refused as refused:
             response, close = refused.response(), refused.close
-        except Exception as error:
+        except Exception as error:  # a bug: it is logged, and costs this connection only
             response, close = connection.response_to_failure(error), True
         if response[9:12] != self._status:
             self._status, self._number = response[9:12], tally.number(response)

@@ -57,8 +57,7 @@ class Link:
         self.has_called = False  # a peer that says it is there has sent something by itself
         self.agreed = agreed  # the vectors were equal when they were last compared, or most likely are
         self.introduced = False  # the latest answer only said who answers here, so the next must say more
-        self.session = None  # with `prepared`, the request that is sent over it with ever new bodies
-        self.prepared = None
+        self.session = None  # the connection over which messages are sent, once there was one
 
     def is_doubtful(self, now):
         """Return whether a send may well take until its timeout, as one under way already seems to."""
