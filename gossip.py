@@ -100,7 +100,7 @@ class Gossip:
     def answered(self, link, request, answer, now):
         """Take in the answer to a request that was sent over a link; the link is free again.
 
-        Raises ValueError if it does not answer the request, and then the link is not free yet.
+        Raises ValueError if it does not answer the request.  Whatever it raises, the link is not free yet.
         """
         if answer.number is not None:
             self._introduced(link, answer, now)
@@ -126,17 +126,16 @@ class Gossip:
         if peer != own:
             progressed = merged or confirmed != before or request.hash is not None
             again, hold = self._follow_up(request, answer, before or {}, confirmed, mine, progressed)
-        self._links.answered(link, peer, again, hold, now)
         self._membership_changed(contact, changes, now)
+        self._links.answered(link, peer, again, hold, now)  # the last thing: from here on it may be another thread's
 
     def _introduced(self, link, answer, now):
         """Take note of who answers at an address: a request was for another process, or its number was not new."""
         contact, changes = self._table.heard(answer.sender, NO_VIEW, now, answered_at=link.address)
         with self._lock:
             self._number = max(self._number, answer.number)
-        is_new = self._links.introduced(link, answer.sender.id, now)
         self._membership_changed(contact, changes, now)
-        if not is_new:
+        if not self._links.introduced(link, answer.sender.id, now):
             raise ValueError("it takes nothing that is addressed to it")
 
     @staticmethod

@@ -219,8 +219,8 @@ class Replicator:
             return
         hosts = dict.fromkeys(info[4][0] for info in found)
         addresses = [join_address(host, port) for host in hosts if "%" not in host]
-        self._links.released(link)
         self._links.send_heartbeats(self._table.resolved(link.address, addresses), [], self._clock())
+        self._links.released(link)
 
     def _exchange(self, link):
         deltas = 0
@@ -236,13 +236,12 @@ class Replicator:
             if moved and answer.number is None:  # it may be a load balancer: a new connection leads elsewhere
                 link.session.close()
                 link.session = None
-            self._gossip.answered(link, request, answer, self._clock())
+            if self._table.address is None and answer.sender.id != request.sender.id:
+                self._find_own_address(link.address)
+            self._gossip.answered(link, request, answer, self._clock())  # frees the link, so it comes last
         except (*FAILURES, WrongSignature, ValueError) as error:
             self.traffic.add(messages_failed=1, deltas_failed=deltas)
             self._links.failed(link, error, self._clock())
-            return
-        if self._table.address is None and answer.sender.id != request.sender.id:
-            self._find_own_address(link.address)
 
     def _find_own_address(self, towards):
         try:

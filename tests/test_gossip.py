@@ -591,6 +591,29 @@ def test_a_first_contact_asks_who_is_there_and_tells_nothing():
     assert request.number > question.number
 
 
+@pytest.mark.parametrize("reply", [answer({}), introduction(id=B)], ids=["answer", "introduction"])
+def test_whatever_goes_wrong_with_an_answer_the_link_is_freed_once(reply, monkeypatch):
+    """Freed before the error, it would be freed again for it, with another thread's send under way over its session."""
+    node = Half()
+    link = node.meet()
+    node.links.send_heartbeats([AT_A], [], 1.0)
+    assert node.links.take(1.0) is link
+    request = node.gossip.request(link, 1.0)
+
+    def broken(*_):
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(node.gossip, "_membership_changed", broken)
+        with pytest.raises(RuntimeError):
+            node.gossip.answered(link, request, reply, 1.0)
+    node.links.send_heartbeats([AT_A], [], 1.0)
+    assert node.links.take(1.0) is None  # the thread that failed still has it
+    node.links.failed(link, RuntimeError("no memory"), 1.0)
+    node.links.send_heartbeats([AT_A], [], 1.0)
+    assert node.links.take(1.0) is link
+
+
 def test_who_is_known_from_others_is_not_asked():
     """In a large cluster most are contacted for the first time again and again."""
     node = Half()
