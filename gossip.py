@@ -7,6 +7,7 @@ import logging
 import threading
 
 from counter.binding import Numbers
+from counter.clocks import Clocks
 from counter.ids import SEQUENCE_MAX
 from counter.links import LINK_IDLE_S
 from counter.roster import ACTIVE, LOST
@@ -36,6 +37,7 @@ class Gossip:
         self._lock = threading.Lock()
         self._number = 0  # of the latest request
         self._numbers = Numbers()  # of the requests that came
+        self._clocks = Clocks()
         self._hashed = (None, None)  # a vector and its hash, the last one that was needed
         self._say_if_ready()
 
@@ -77,17 +79,17 @@ class Gossip:
             self._number += 1
             number = self._number
         if to is None:  # it is asked who it is, and told nothing else
-            return Message(self._table.sender(), NO_VIEW, None, None, None, [], number=number)
+            return Message(self._table.sender(), NO_VIEW, None, None, None, [], number=number, clock=now)
         if link.compares or known is None:
             sender, view = self._table.describe()
             # After a failure it is enough to find out what the peer holds: it may have arrived.
             deltas = self._counter.deltas(known, DELTAS_MAX, now) if known is not None and not link.failures else []
             hash = self._hash(vector) if link.agreed and len(vector) > VECTOR_SHORT else None
-            return Message(sender, view, vector, hash, None, deltas, to=to, number=number)
+            return Message(sender, view, vector, hash, None, deltas, to=to, number=number, clock=now)
         delta = self._counter.delta(replica, known.get(replica, 0), now)
         if not delta:
             return None
-        return Message(self._table.sender(), NO_VIEW, None, None, None, [delta], to=to, number=number)
+        return Message(self._table.sender(), NO_VIEW, None, None, None, [delta], to=to, number=number, clock=now)
 
     def _hash(self, vector):
         """Return the hash of a vector of this node; most often that of the last time."""
@@ -102,6 +104,7 @@ class Gossip:
 
         Raises ValueError if it does not answer the request.  Whatever it raises, the link is not free yet.
         """
+        cut_at = self._clocks.cut_at(answer.sender.id, answer.clock, now, request.clock)
         if answer.number is not None:
             self._introduced(link, answer, now)
             return
@@ -111,7 +114,7 @@ class Gossip:
             raise ValueError("the answer to a heartbeat lacks a vector")
         peer, own = answer.sender.id, self._counter.replica
         contact, changes = self._table.heard(answer.sender, answer.view, now, answered_at=link.address)
-        merged = APPLIED in self._merge(answer, now).values()
+        merged = APPLIED in self._merge(answer, cut_at).values()
         mine = self._counter.vector()
         before = self._confirmations.vectors.get(peer)
         confirmed = self._confirmed(before, request, answer)
@@ -170,12 +173,15 @@ class Gossip:
         it is answered with who this is, and changes nothing.
         """
         id, replica = message.sender.id, self._counter.replica
+        cut_at = self._clocks.cut_at(id, message.clock, now)
         if not self._is_for_this(message) or not self._numbers.take(id, message.number):
-            return Message(self._table.sender(), NO_VIEW, None, None, None, [], number=self._numbers.latest(id))
+            return Message(
+                self._table.sender(), NO_VIEW, None, None, None, [], number=self._numbers.latest(id), clock=now
+            )
         if reached_at and id != replica:
             self._table.advertise(reached_at)
         contact, changes = self._table.heard(message.sender, message.view, now)
-        results = self._merge(message, now)
+        results = self._merge(message, cut_at)
         mine = self._counter.vector()
         compares = message.applied is not None or message.hash is not None
         vector = mine if message.hash is not None and message.hash == self._hash(mine) else message.applied
@@ -195,11 +201,11 @@ class Gossip:
         elif message.hash is not None:
             deltas, agreed = [], message.hash == self._hash(mine)
         else:
-            return Message(sender, view, None, None, confirms, [], refused)
+            return Message(sender, view, None, None, confirms, [], refused, clock=now)
         if sender.leaving:
             sender = self._leaving_sender(message.sender, sender, deltas)
         hash = self._hash(mine) if agreed and len(mine) > VECTOR_SHORT else None
-        return Message(sender, view, mine, hash, confirms, deltas, refused)
+        return Message(sender, view, mine, hash, confirms, deltas, refused, clock=now)
 
     def _is_for_this(self, message):
         return message.to == self._counter.replica and message.number is not None
@@ -220,9 +226,9 @@ class Gossip:
             self._confirmations.knows_of_leaving(asking.id)
         return sender
 
-    def _merge(self, message, now):
+    def _merge(self, message, cut_at):
         """Merge the deltas of a message; return what each was found to be, by its replica."""
-        results = {delta.replica: self._counter.merge(delta, now) for delta in message.deltas}
+        results = {delta.replica: self._counter.merge(delta, cut_at) for delta in message.deltas}
         if any(self._counter.renew_if_cloned(known) for known in (message.applied, message.confirms) if known):
             log.error("replica id used twice, was this machine cloned? new id=%s", self._counter.replica)
             self._table.rename(self._counter.replica)

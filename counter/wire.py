@@ -28,6 +28,7 @@ LINE_BYTES = 48 * 1024  # of a line without its signature, at most
 # what --max-counters and --max-idempotency-keys may be at most: 10^6 counters and 10^8 keys, with long names.
 BODY_MAX = 2**36
 BEAT_MAX = NUMBER_MAX = 2**53
+CLOCK_MAX_S = 1e12
 _WORD = re.compile("[!-~]{1,64}\\Z")
 
 # address: None while it is unknown; version: that of its program, None from nodes that do not say it;
@@ -40,9 +41,12 @@ View = namedtuple("View", "peers left")  # peers: [(id, address, beat)], left: [
 # `refused` is {replica: why}, GAP or NEEDS.  A request is for the process with the id `to`, and has a
 # greater `number` with every request of its sender.  In an answer a number means that the request was not
 # taken, as it was for another process, or is not new: the next is to have a greater number.  `v` is 0 from
-# nodes before 1.1.
+# nodes before 1.1.  `clock` is what the sender's clock showed as the message was cut, in seconds; None from
+# nodes that do not say it: the ages of keys are as of then.
 Message = namedtuple(
-    "Message", "sender view applied hash confirms deltas refused to number v", defaults=({}, None, None, VERSION)
+    "Message",
+    "sender view applied hash confirms deltas refused to number v clock",
+    defaults=({}, None, None, VERSION, None),
 )
 
 
@@ -83,6 +87,8 @@ def _head(message):
         head["to"] = message.to
     if message.number is not None:
         head["n"] = message.number
+    if message.clock is not None:
+        head["clock"] = message.clock
     if message.hash is not None:
         head["hash"] = message.hash
     elif message.applied is not None:
@@ -217,6 +223,7 @@ class Decoder:
             sender, view = _sender(fields["from"]), _view(fields.get("view", {"peers": [], "left": []}))
             applied, hash, confirms, to = map(fields.get, ("applied", "hash", "confirms", "to"))
             refused, number, v = fields.get("refused", {}), fields.get("n"), fields.get("v", 0)
+            clock = fields.get("clock")
             for vector in (applied, confirms):
                 for replica, sequence in vector.items() if vector is not None else ():
                     require(REPLICA.match(replica) and is_int(sequence, 0, SEQUENCE_MAX), "a vector")
@@ -225,9 +232,10 @@ class Decoder:
             require(to is None or REPLICA.match(to), "whom it is for")
             require(number is None or is_int(number, 0, NUMBER_MAX), "a number")
             require(is_int(v, 0, NUMBER_MAX), "a version")
+            require(clock is None or (type(clock) in (int, float) and 0 <= clock < CLOCK_MAX_S), "a clock")
         except (TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
             raise ValueError(f"not a gossip message: {error}") from None
-        return Message(sender, view, applied, hash, confirms, deltas, refused, to, number, v)
+        return Message(sender, view, applied, hash, confirms, deltas, refused, to, number, v, clock)
 
 
 def decode(lines):

@@ -580,9 +580,9 @@ def test_a_first_contact_asks_who_is_there_and_tells_nothing():
     node.links.compare_soon([AT_A], 0.0)
     link = node.links.take(0.0)
     question = node.gossip.request(link, 0.0)
-    assert question == Message(node.table.sender(), NOBODY, None, None, None, [], number=question.number)
+    assert question == Message(node.table.sender(), NOBODY, None, None, None, [], number=question.number, clock=0.0)
     reply = peer.gossip.receive(question, 0.0)
-    assert reply == Message(peer.table.sender(), NOBODY, None, None, None, [], number=0)
+    assert reply == Message(peer.table.sender(), NOBODY, None, None, None, [], number=0, clock=0.0)
     assert peer.table.snapshot(0.0) == []
     node.gossip.answered(link, question, reply, 0.0)
     assert node.links.take(0.0) is link
@@ -646,7 +646,7 @@ def test_what_is_for_another_or_comes_again_changes_nothing(change):
         node.gossip.receive(message._replace(view=NOBODY, applied={}, confirms=None, deltas=[]), 0.0)
     before = node.counter.vector(), node.table.snapshot(0.0), node.table.describe(), node.links.next_due(-1.0)
     reply = node.gossip.receive(message._replace(**change), 0.0, "10.9.9.9:80")
-    assert reply == Message(node.table.sender(), NOBODY, None, None, None, [], number=0 if change else 7)
+    assert reply == Message(node.table.sender(), NOBODY, None, None, None, [], number=0 if change else 7, clock=0.0)
     assert node.counter.replica == ME
     assert before == (
         node.counter.vector(), node.table.snapshot(0.0), node.table.describe(), node.links.next_due(-1.0)
@@ -728,6 +728,29 @@ def test_a_key_accepted_while_an_answer_is_made_does_not_spoil_it():
     message = Message(A_SENDS, NOBODY, {}, None, None, [])
     ((_, _, _, _, age_s),) = decode(encode(node.hear(message, 100.0))).deltas[0].keys
     assert age_s == 0
+
+
+def late_uses(wait_s):
+    """Return what a node counts that hears of a use of a key `wait_s` late, and of one by another replica then.
+
+    The window is 3600 s; the node has heard of both peers before, without delay.
+    """
+    node, ahead_s = Half(), 5000.0  # the clock of A
+    node.hear(Message(A_SENDS, NOBODY, {}, None, None, [], clock=ahead_s), 0.0)
+    node.hear(Message(Sender(B, AT_B, 1, False), NOBODY, {}, None, None, [], clock=0.0), 0.0)
+    for replica, clock, now in ((A, ahead_s, wait_s), (B, wait_s, wait_s)):
+        key = (1, "0123456789abcdef" * 2, "x", 1, 0.0)
+        sender = Sender(replica, AT_A if replica == A else AT_B, 2, False)
+        node.hear(
+            Message(sender, NOBODY, None, None, None, [Delta(replica, 0, 1, {"x": (1, 1)}, (key,))], clock=clock), now
+        )
+    return node.counter.value("x")
+
+
+def test_the_time_that_a_message_waited_counts_for_the_ages_of_keys():
+    """Uses of a key by two replicas, more than a window apart, are two requests, however late the first is heard of."""
+    assert late_uses(3590.0) == 1
+    assert late_uses(3610.0) == 2
 
 
 def test_a_link_that_is_new_where_vectors_agree_starts_with_a_hash():
