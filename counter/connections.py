@@ -1,4 +1,4 @@
-"""One connection of a client or a peer: what has arrived, what is to be sent, which state it is in.
+"""One connection of a client or a peer: which state it is in, and what happens next.
 
     accepted ─▶ RECEIVING ── a quick action answers at once ──▶ SENDING ─┬─▶ RECEIVING …
                     │                                              ▲     └─▶ LINGERING ─▶ CLOSED
@@ -14,10 +14,11 @@
 
 A connection belongs to the poller, but while it is ANSWERING to a thread of a lane.  Only its owner calls
 its methods, and nothing here waits for the other side.  The state is changed by the poller's thread alone.
+What arrives goes through an Intake, what is sent through an Outgoing.  The socket may be anything that has
+recv(), send() and shutdown() and raises BlockingIOError instead of waiting.
 """
 
 import ipaddress
-import logging
 import socket
 import time
 from functools import partial
@@ -25,13 +26,12 @@ from functools import partial
 from counter import http1
 from counter.exchanges import Exchange
 from counter.http1 import Refused, unavailable
+from counter.intake import BEFORE, HEAD, Intake
 from counter.lanes import QUICK
+from counter.outgoing import Outgoing
 from counter.places import GUEST, PEER
 
-log = logging.getLogger("counter.serving")
-
 RECEIVING, ANSWERING, SENDING, LINGERING, CLOSED = "receiving", "answering", "sending", "lingering", "closed"
-BEFORE, HEAD, BODY = "before", "head", "body"  # the part of a request that has not arrived
 
 RECEIVE_SIZE = 16 * 1024  # at once: some 200 requests, during which other connections wait
 BODY_RECEIVE_SIZE = 256 * 1024
@@ -48,7 +48,6 @@ STOPPING = "this node is stopping; try another"
 NO_PLACE = "all connections are taken; try again later"
 NO_ROOM = "too much of other requests and answers is under way; try again later"
 NO_THREAD = "as many requests as --max-waiting wait already; try again later"
-NO_MEMORY = "this node is out of memory; try another"
 
 
 class Connection:
@@ -62,13 +61,11 @@ class Connection:
         self.watched = 0  # the events the poller listens for
         self.is_peer = False  # an action has found it to be a peer's
         self.held = 0  # bytes kept for it, see Poller.hold()
-        self._reader = http1.RequestReader()
+        self._intake, self._outgoing = Intake(), Outgoing(sock)
         self._waits_for = BEFORE  # the part of a request that the deadline is for
-        self._exchange = None  # from the head of a request until there is a response
         self._lane = None  # where the latest request ran that was not quick
-        self._outgoing, self._further = [], None  # bytes to send, and an iterator of what comes after them
-        self._is_paced = False  # they go to a peer in pieces, and may take long while that goes on
-        self._is_last = False  # nothing is received after they were sent
+        self._is_paced = False  # an answer goes to a peer in pieces, and may take long while that goes on
+        self._is_last = False  # nothing is received after what is sent now
 
     @property
     def busy(self):
@@ -89,19 +86,15 @@ class Connection:
         except OSError:  # it has hung up
             return "unknown"
 
-    def response_to_failure(self, error):
-        """Log an exception of an action, which costs its connection only, and return the response."""
-        if isinstance(error, MemoryError):
-            self._poller.complain("no memory to answer a request")
-            return unavailable(NO_MEMORY).response()
-        log.error("serving a request failed", exc_info=error)
-        return Refused(500, "this node failed to serve the request; see its log").response()
+    def complain(self, message):
+        """Log a warning, if it was not logged just before."""
+        self._poller.complain(message)
 
     # What the poller calls.
 
     def receive(self, now):
         """Take what has arrived, and answer as far as that can be done at once."""
-        is_start = self._waits_for is BEFORE and not self._reader.buffered
+        is_start = self._waits_for is BEFORE and self._intake.is_empty
         try:
             received = self.sock.recv(RECEIVE_SIZE if is_start else BODY_RECEIVE_SIZE)
         except BlockingIOError:
@@ -113,7 +106,7 @@ class Connection:
         elif is_start and self.kind is not GUEST and (repeated := self._poller.repeated.get(received)):
             self._repeat(repeated, now)
         else:
-            self._reader.feed(received)
+            self._intake.feed(received)
             self._serve(now, received if is_start else None)
 
     def send_more(self, now):
@@ -126,7 +119,7 @@ class Connection:
     def take_back(self, now):
         """Go on after a thread of a lane has done its part."""
         self.state, self._waits_for = RECEIVING, BEFORE
-        if self._exchange is None or self._is_last:
+        if self._intake.exchange is None or self._is_last:
             self._go_on(now)
         self._resume(now)
 
@@ -141,7 +134,7 @@ class Connection:
 
     def give_way(self, now):
         """End at once, for the sake of another connection."""
-        if self._exchange is not None:
+        if self._intake.exchange is not None:
             self._refuse(unavailable(NO_PLACE), now)
         self.state = CLOSED
 
@@ -171,35 +164,32 @@ class Connection:
         `received` are the bytes that arrived last, if a request begins with them.
         """
         try:
-            while not self._is_last and self._further is None and self._read_request(now):
-                exchange, self.active_at = self._exchange, now
+            while not self._is_last and not self._outgoing.has_further and self._read_request(now):
+                exchange, self.active_at = self._intake.exchange, now
                 exchange.began = time.perf_counter()  # what came before was the time of the other side
                 if exchange.pace is not QUICK:
-                    self._flush()
+                    self._outgoing.flush()
                     if self._hand_over(self._answer):
                         return
                     exchange.failure = unavailable(NO_THREAD)
-                elif received and not self._reader.buffered and exchange.can_repeat():
+                elif received and self._intake.is_empty and exchange.can_repeat():
                     self._poller.remember(received, exchange)
                 received = None
                 self._answer(self._poller.tally)
         except Refused as refused:
             self._refuse(refused, now)
             return
-        if self._outgoing and self.state is RECEIVING:
+        if self.state is RECEIVING and not self._outgoing.is_empty:
             self._go_on(now)
 
     def _read_request(self, now):
         """Take a request from what has arrived; return whether it is complete."""
-        while (event := self._reader.next()) is not None:
-            exchange = self._exchange
-            if exchange is None:
-                self._begin(event, now)
-            elif not event:
+        while (event := self._intake.next()) is not None:
+            if not event:
                 self._waits_for = BEFORE
                 return True
-            elif exchange.sink is None:
-                exchange.chunks.append(event)
+            if self._intake.exchange is None:
+                self._begin(event, now)
             elif self._hand_over(partial(self._feed, event)):
                 return False
             else:
@@ -210,28 +200,26 @@ class Connection:
     def _begin(self, head, now):
         """Find out what is to answer the request with this head."""
         api = self._poller.api
-        self._exchange = Exchange(head, api.route_of(head.path))
+        exchange = self._intake.begin(head, api)
         if self.kind is GUEST and head.path not in api.vital_paths:
             self._poller.seat(self, now)
-        self._exchange.choose(api)
-        if head.expects_continue and self._reader.buffered < head.length:
-            self._outgoing.append(http1.CONTINUE)
+        exchange.choose(api)
+        if self._intake.awaits_continue:
+            self._outgoing.add(http1.CONTINUE)
 
     def _await_rest(self, now):
         """Set the deadline for what is missing of a request."""
-        exchange = self._exchange
-        if exchange is not None:
-            part, timeout_s = BODY, BODY_TIMEOUT_S if exchange.sink is None else PROGRESS_TIMEOUT_S
-        elif self._reader.waits_for_request:
+        part = self._intake.missing
+        if part is BEFORE:
             return
-        else:
-            part, timeout_s = HEAD, HEAD_TIMEOUT_S
         if part is not self._waits_for:
             self._waits_for = part
-            self._due(now + timeout_s)
-        arrived = self._reader.buffered + (sum(map(len, exchange.chunks)) if exchange is not None else 0)
-        if not self._poller.hold(self, min(arrived, HELD_MOST)):
+            self._due(now + (HEAD_TIMEOUT_S if part is HEAD else self._body_timeout_s()))
+        if not self._poller.hold(self, min(self._intake.kept, HELD_MOST)):
             raise unavailable(NO_ROOM)
+
+    def _body_timeout_s(self):
+        return BODY_TIMEOUT_S if self._intake.exchange.sink is None else PROGRESS_TIMEOUT_S
 
     def _due(self, deadline):
         moves_back = deadline < self.deadline
@@ -252,30 +240,25 @@ class Connection:
         except BlockingIOError:
             sent = 0
         if sent != len(response) or self._is_last:
-            self._outgoing.append(response[sent:])
+            self._outgoing.add(response[sent:])
             self._go_on(now)
 
     def _answer(self, tally):
         """Make the response to the request; of a long one, the first piece."""
-        head = self._exchange.head
-        response, further, close = self._exchange.respond(self, tally)
-        self._exchange = None
-        self._is_last = close or head is None or not head.keep_alive or self._poller.ends(self)
-        if self._is_last:
-            response = http1.with_header(response, b"Connection: close")
-        elif head.is_http10:
-            response = http1.with_header(response, b"Connection: keep-alive")
-        if head is not None and head.method == "HEAD":
-            response, further = http1.without_body(response), ()
-        self._outgoing.append(response)
-        self._further = iter(further) if further else None
-        self._is_paced = self._further is not None and self.is_peer
+        exchange = self._intake.exchange
+        response, further, close = exchange.respond(self, tally)
+        self._intake.exchange = None
+        self._is_last = close or not exchange.keeps_alive or self._poller.ends(self)
+        response, further = exchange.framed(response, further, self._is_last)
+        self._outgoing.add(response, further)
+        self._is_paced = self._outgoing.has_further and self.is_peer
 
     def _refuse(self, refused, now):
         """Answer what cannot be read any further with the last response."""
-        refused.close, self._waits_for, self._reader = True, BEFORE, http1.RequestReader()
-        self._exchange = self._exchange or Exchange()
-        self._exchange.failure = refused
+        exchange = self._intake.exchange or Exchange()
+        refused.close, self._waits_for = True, BEFORE
+        self._intake.start_anew()
+        self._intake.exchange, exchange.failure = exchange, refused
         self._answer(self._poller.tally)
         self._go_on(now)
 
@@ -283,13 +266,13 @@ class Connection:
 
     def _go_on(self, now):
         """Send what is outgoing, and go on with what comes after."""
-        if not self._flush():
+        if not self._outgoing.flush():
             if self.state is not SENDING:
                 self.state, self._waits_for = SENDING, BEFORE
                 self._due(now + (PROGRESS_TIMEOUT_S if self._is_paced else SEND_TIMEOUT_S))
-            if not self.is_peer and not self._poller.hold(self, sum(map(len, self._outgoing))):
+            if not self.is_peer and not self._poller.hold(self, self._outgoing.size):
                 self.state = CLOSED
-        elif self._further is not None:
+        elif self._outgoing.has_further:
             if not self._hand_over(self._make_pieces):
                 self.state = CLOSED
         elif self._is_last:
@@ -303,29 +286,13 @@ class Connection:
                 self._due(now + IDLE_TIMEOUT_S)
                 self._poller.hold(self, 0)
 
-    def _flush(self):
-        """Send as much as the socket takes; return whether that was all."""
-        outgoing = self._outgoing
-        if len(outgoing) > 1:  # answers to requests that came together
-            outgoing[:] = [b"".join(outgoing)]
-        while outgoing:
-            try:
-                sent = self.sock.send(outgoing[0])
-            except BlockingIOError:
-                return False
-            if sent == len(outgoing[0]):
-                del outgoing[0]
-            else:
-                outgoing[0] = memoryview(outgoing[0])[sent:]
-        return True
-
     # Working in a lane.
 
     def _hand_over(self, job):
         """Have a thread of the lane do a job, to which this belongs until then; return False if there is none."""
         self.state = ANSWERING
-        if self._exchange is not None:
-            self._lane = self._poller.lanes[self._exchange.pace]
+        if self._intake.exchange is not None:
+            self._lane = self._poller.lanes[self._intake.exchange.pace]
         if self._lane.put(partial(self._work, job)):
             return True
         self.state = RECEIVING
@@ -334,40 +301,35 @@ class Connection:
     def _work(self, job, tally):
         try:
             job(tally)
-            self._flush()
+            self._outgoing.flush()
         except OSError:
             pass  # it hung up, as the poller will find as well
         except BaseException:
             self._is_last = True
             raise
         finally:
-            waits = self._exchange is None and not self._reader.buffered
-            is_done = not self._outgoing and self._further is None and not self._is_last
+            waits = self._intake.exchange is None and self._intake.is_empty
+            is_done = self._outgoing.is_empty and not self._is_last
             is_urgent = not (waits and is_done) or (self.is_peer and self.kind is not PEER)
             self._poller.give_back(self, is_urgent)
 
     def _feed(self, piece, tally):
         """Give the sink of the request a piece of the body."""
+        exchange = self._intake.exchange
         try:
-            self._exchange.sink.feed(piece)
+            exchange.sink.feed(piece)
             return
         except Refused as refused:
             refused.close = True  # the rest of the body is not a request
-            self._exchange.failure = refused
+            exchange.failure = refused
         except Exception as error:  # a bug: respond() raises it again, and there it is logged
-            self._exchange.failure = error
+            exchange.failure = error
         self._answer(tally)
 
     def _make_pieces(self, _tally):
         """Make the next pieces of a response, as long as the socket takes them."""
-        while self._further is not None and self._flush():
-            try:
-                self._outgoing.append(next(self._further))
-            except StopIteration:
-                self._further = None
-            except Exception:  # a bug; the other side must see that the response is not whole
-                log.exception("making a response failed after its head was sent")
-                self._further, self._is_last = None, True
+        if not self._outgoing.make_pieces():
+            self._is_last = True  # the other side must see that the response is not whole
 
 
 def _host_of(name):

@@ -1,10 +1,15 @@
 """Requests on their way through a connection: what is to answer one, and the answer."""
 
+import logging
 import time
 
 from counter import http1, metrics
-from counter.http1 import Refused
+from counter.http1 import Refused, unavailable
 from counter.lanes import QUICK
+
+log = logging.getLogger("counter.serving")
+
+NO_MEMORY = "this node is out of memory; try another"
 
 
 class Exchange:
@@ -33,6 +38,11 @@ class Exchange:
         except Refused as refused:  # it is told once the body is there, so that the connection can go on
             self.failure = refused
 
+    @property
+    def keeps_alive(self):
+        """Whether the client means to send another request after this one."""
+        return self.head is not None and self.head.keep_alive
+
     def can_repeat(self):
         """Return whether its action alone answers the same bytes, should they come again."""
         head = self.head
@@ -50,9 +60,20 @@ class Exchange:
         except Refused as refused:
             response, close = refused.response(), refused.close
         except Exception as error:  # a bug: it is logged, and costs this connection only
-            response, close = connection.response_to_failure(error), True
+            response, close = _response_to_failure(error, connection), True
         tally.of(self.route).count(response, time.perf_counter() - self.began)
         return response, further, close
+
+    def framed(self, response, further, is_last):
+        """Return (response, further pieces) as they are sent, of what respond() returned."""
+        head = self.head
+        if is_last:
+            response = http1.with_header(response, b"Connection: close")
+        elif head.is_http10:
+            response = http1.with_header(response, b"Connection: keep-alive")
+        if head is not None and head.method == "HEAD":
+            return http1.without_body(response), ()
+        return response, further
 
 
 class Repeated:
@@ -77,7 +98,7 @@ class Repeated:
         except Refused as refused:
             response, close = refused.response(), refused.close
         except Exception as error:  # a bug: it is logged, and costs this connection only
-            response, close = connection.response_to_failure(error), True
+            response, close = _response_to_failure(error, connection), True
         if response[9:12] != self._status:
             self._status, self._number = response[9:12], tally.number(response)
         self._number[0] += 1
@@ -87,3 +108,12 @@ class Repeated:
             tally.observe(time.perf_counter() - began, metrics.TIMED_ONE_IN)
             tally.untimed = metrics.TIMED_ONE_IN - 1
         return response, close
+
+
+def _response_to_failure(error, connection):
+    """Log an exception of an action, which costs its connection only, and return the response."""
+    if isinstance(error, MemoryError):
+        connection.complain("no memory to answer a request")
+        return unavailable(NO_MEMORY).response()
+    log.error("serving a request failed", exc_info=error)
+    return Refused(500, "this node failed to serve the request; see its log").response()
