@@ -222,9 +222,8 @@ def test_the_values_of_another_cluster_may_be_counted(path, tmp_path):
     status, line = refused(*new, tmp_path / "backup.jsonl")
     assert (status, "of the cluster 'counter', not of 'counter-2'" in line) == (2, True)
     assert run(*new, "--values", tmp_path / "backup.jsonl").returncode == 0
-    assert [dump.sums([delta]) for delta in datafile.Reader(str(tmp_path / "new.db"), "counter-2").deltas(NOW)] == [
-        {"x": 10, "keyed": 7}
-    ]
+    with datafile.Reader(str(tmp_path / "new.db"), "counter-2") as reader:
+        assert [dump.sums([delta]) for delta in reader.deltas(NOW)] == [{"x": 10, "keyed": 7}]
 
 
 def test_an_import_is_all_or_nothing(path, tmp_path):

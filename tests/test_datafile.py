@@ -286,7 +286,8 @@ def test_a_file_of_another_cluster_or_a_newer_version_is_refused(path, writer):
         with pytest.raises(DataFileError, match="is of the cluster 'counter', not of 'other'") as raised:
             refused()
         assert raised.value.status == 2
-    assert Reader(path).cluster == "counter"
+    with Reader(path) as reader:
+        assert reader.cluster == "counter"
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.execute(f"PRAGMA user_version = {datafile.FORMAT + 1}")
     for refused in (lambda: Writer(path, "counter"), lambda: Reader(path, "counter")):
