@@ -100,9 +100,9 @@ class Gossip:
         return hash
 
     def answered(self, link, request, answer, now):
-        """Take in the answer to a request that was sent over a link; the link is free again.
+        """Take in the answer to a request that was sent over a link, and free the link.
 
-        Raises ValueError if it does not answer the request.  Whatever it raises, the link is not free yet.
+        Raises ValueError if it does not answer the request.  If anything is raised, the link is still to be freed.
         """
         cut_at = self._clocks.cut_at(answer.sender.id, answer.clock, now, request.clock)
         if answer.number is not None:

@@ -146,7 +146,7 @@ class Replicator:
         """Take in the message that has arrived, and return the Reply.
 
         `body` is bytes, or the Incoming that took them; `local_host()` is the address of this machine
-        that it came to, `remote_host()` the one it came from.  Raises Refused if it is no message of a
+        that it came to, `remote_host()` the one it came from.  Raises Refused unless it is a message of a
         node of this cluster; then nothing has changed.
         """
         try:

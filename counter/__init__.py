@@ -15,7 +15,7 @@ from counter.ids import (
 from counter.keys import KeyReused, TooManyKeys
 from counter.state import APPLIED, GAP, HELD, NEEDS, Counter, Delta
 
-__version__ = "1.0.0"
+__version__ = "1.1.0.dev0"
 
 __all__ = [
     "AMOUNT_MAX",

@@ -44,7 +44,7 @@ SCHEMA = (
 class DataFileError(Exception):
     """A file that cannot be used.
 
-    Its text is one line for whoever named the file, `what` the same without the name; `status` is
+    Its text is one line for the person who named the file, `what` the same without the name; `status` is
     the exit status of a program that needs the file.
     """
 
@@ -272,7 +272,7 @@ class Reader:
         ):
             if crc != key_crc(seed, sequence, digest, name, amount, at, renews):
                 raise ValueError(f"key {sequence!r} of replica {id!r}")
-            # A clock may have been set since; a file that was made in 1970 is no reason to refuse it.
+            # A clock may have been set since; a file that was made in 1970 does not make it wrong.
             age_s = min(max(0.0, round(wall - at / 1000, 3)), AGE_MAX_S / 2)
             keys.append((sequence, digest, name, amount, age_s, *([json.loads(renews)] if renews else ())))
             sum += crc

@@ -13,7 +13,7 @@ NO_MEMORY = "this node is out of memory; try another"
 
 
 class Exchange:
-    """A request that is being received or answered; without a head, one whose head is no good."""
+    """A request that is being received or answered; without a head, one whose head was refused."""
 
     __slots__ = ("action", "began", "chunks", "failure", "head", "route", "sink")
 

@@ -46,7 +46,7 @@ def parse_increment_id(text):
     match = _INCREMENT_ID.match(text.lower())
     sequence = int(match[2] + match[3], 16) & SEQUENCE_MAX if match else 0
     if not sequence:
-        raise ValueError(f"{text!r} is no increment id")
+        raise ValueError(f"{text!r} is not the id of an increment")
     return match[1], sequence
 
 

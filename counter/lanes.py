@@ -111,7 +111,7 @@ class Lane:
         self._changed.notify_all()
 
     def _next_job(self):
-        """Wait for a job and return it; None if this thread ends, which is no longer counted then."""
+        """Wait for a job and return it; None if this thread ends, which then stops being counted."""
         with self._changed:
             while not self._jobs:
                 if self._stopping:

@@ -129,5 +129,5 @@ class Places:
                 return connection
             if connection.active_at >= now:
                 return None
-            connection.active_at = now  # whoever is being answered is not idle
+            connection.active_at = now  # a client that is being answered is not idle
         return None

@@ -129,5 +129,5 @@ class Roster:
         return [peer for peer in self.peers.values() if peer.state != ACTIVE]
 
     def forget_owners(self, kept):
-        """Drop the owners of addresses that are no peers any more, except for the id `kept`."""
+        """Drop the owners of addresses that have stopped being peers, except for the id `kept`."""
         self.owners = {address: id for address, id in self.owners.items() if id in self.peers or id == kept}

@@ -110,7 +110,7 @@ class Store:
             return self._saved.get(replica, 0) >= sequence
 
         def is_over():
-            self._wake.set()  # the file has to be written to at once, for whoever waits
+            self._wake.set()  # the file has to be written to at once: a request waits for it
             return self._error or is_saved()
 
         if not is_over():

@@ -29,7 +29,7 @@ _OPTION = re.compile(
 )
 
 # A line of a token file.  `digest` is the token's, `client` whose keys and limits these are; `counters`
-# is how many different ones it may increment, `rate` how many increments a second; None is no limit.
+# is how many different ones it may increment, `rate` how many increments a second; None: without a limit.
 Grant = namedtuple("Grant", "digest role prefix counters rate client")
 
 

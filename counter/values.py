@@ -6,7 +6,7 @@ import bisect
 class Values:
     """What each counter stands at: the sum of its totals over all replicas.
 
-    Counters are numbered 0, 1, 2, … in the order in which they were met.  Whoever changes anything
+    Counters are numbered 0, 1, 2, … in the order in which they were met.  A caller that changes anything
     holds the lock of the Counter that this belongs to; get() needs none.
     """
 

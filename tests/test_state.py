@@ -94,7 +94,7 @@ def test_an_increment_id_is_a_uuid8_and_gives_its_dot_back(sequence):
     ],
 )
 def test_anything_else_is_no_increment_id(text):
-    with pytest.raises(ValueError, match="no increment id"):
+    with pytest.raises(ValueError, match="not the id of an increment"):
         parse_increment_id(text)
 
 
