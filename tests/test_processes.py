@@ -288,15 +288,18 @@ def test_a_node_that_its_seed_refuses_is_not_ready_and_says_why(start_node, tmp_
     assert (answer.status, seed.address in answer.json()["detail"]) == (503, True)
 
 
-def test_empty_nodes_do_not_make_each_other_ready(start_node):
+def test_empty_nodes_do_not_make_each_other_ready(start_node, tmp_path):
     """A third that is yet to be found may hold the counts; once it has given them those, they are."""
+    holds_one = ("--data", tmp_path / "counter.db")
+    before = start_node(*holds_one)
+    before.increment("/increment?durable=true")
+    before.stop()
     ports = [free_port() for _ in range(3)]
     seeds = ",".join(f"127.0.0.1:{port}" for port in ports)
     nodes = [start_node("--join-timeout", "600", "--peers", seeds, port=port) for port in ports[:2]]
     all_know_each_other(*nodes)
     assert [readiness(node) for node in nodes] == [(503, None)] * 2
-    holder = start_node(port=ports[2])
-    holder.increment()
+    start_node(*holds_one, port=ports[2])
     wait_until(lambda: [readiness(node) for node in nodes] == [(200, False)] * 2)
     assert [node.count() for node in nodes] == [1, 1]
 
