@@ -177,11 +177,32 @@ def start_local():
         yield start
 
 
+@pytest.fixture(scope="module")
+def node():
+    """A node for the tests that leave it as it is, but for counters of their own."""
+    node = Node(parse_arguments(["--port", "0"]))
+    node.start()
+    yield node
+    node.stop()
+
+
 @pytest.fixture
 def connect():
     """Return a function that opens a Client of a node; afterwards all are closed."""
     with contextlib.ExitStack() as stack:
         yield lambda node: stack.enter_context(contextlib.closing(Client(node)))
+
+
+@pytest.fixture
+def client(node, connect):
+    return connect(node)
+
+
+@pytest.fixture
+def no_traceback(caplog):
+    """No test may make a node log a traceback; one that means to clears the log."""
+    yield
+    assert not [record.getMessage() for record in caplog.get_records("call") if record.exc_info]
 
 
 @pytest.fixture

@@ -9,31 +9,10 @@ from conftest import wait_until, wait_until_waiting
 
 from api import BODY_MAX
 from counter import AMOUNT_MAX, Delta, __version__, http1, increment_id, new_replica
-from counter.config import parse_arguments
 from counter.lanes import PEERS, QUICK, SLOW, WAITS
 from counter.signing import HEADER, PATH, seal
-from counter_server import Node
 
-
-@pytest.fixture(scope="module")
-def node():
-    """A node for the tests that leave it as it is, but for counters of their own."""
-    node = Node(parse_arguments(["--port", "0"]))
-    node.start()
-    yield node
-    node.stop()
-
-
-@pytest.fixture
-def client(node, connect):
-    return connect(node)
-
-
-@pytest.fixture(autouse=True)
-def no_traceback(caplog):
-    """No test may make a node log a traceback; one that means to clears the log."""
-    yield
-    assert not [record.getMessage() for record in caplog.get_records("call") if record.exc_info]
+pytestmark = pytest.mark.usefixtures("no_traceback")
 
 
 # Incrementing and counting.

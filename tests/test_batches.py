@@ -186,11 +186,6 @@ def node(start_local):
     return start_local()
 
 
-@pytest.fixture
-def client(node, connect):
-    return connect(node)
-
-
 def test_a_batch_answers_the_counts_and_the_last_id(client, node):
     """Who waits for that id has all of it."""
     client.ask("POST", "/increment/y?amount=5")

@@ -243,11 +243,6 @@ def node(tmp_path_factory):
     assert node.stop()
 
 
-@pytest.fixture
-def client(node, connect):
-    return connect(node)
-
-
 def test_durable_is_answered_beside_acks(client):
     reply = client.ask("POST", "/increment/d?durable=true")
     assert (reply.status, reply.json()["count"], reply.json()["durable"]) == (200, 1, True)
@@ -373,14 +368,19 @@ def test_a_file_in_use_is_one_line_and_status_1(start_node, path):
     assert refused("--data", path) == (1, f"counter_server.py: {path} is in use by another process")
 
 
-@pytest.mark.parametrize("content", [b"x", b"SQLite format 3\0" + bytes(5000), b"some text\n" * 1000])
-def test_what_is_no_data_file_is_one_line_and_status_1(path, content):
+def refused_and_left(path, content, expected):
+    """Start with a file of this content: a line says so, and the file stays as it is."""
     with open(path, "wb") as file:
         file.write(content)
     status, line = refused("--data", path)
-    assert (status, "is not a data file of a counter node" in line) == (1, True)
+    assert (status, expected in line) == (1, True)
     with open(path, "rb") as file:
         assert file.read() == content
+
+
+@pytest.mark.parametrize("content", [b"x", b"SQLite format 3\0" + bytes(5000), b"some text\n" * 1000])
+def test_what_is_no_data_file_is_one_line_and_status_1(path, content):
+    refused_and_left(path, content, "is not a data file of a counter node")
 
 
 def test_a_damaged_file_is_one_line_and_status_1_and_stays(start_node, path):
@@ -390,12 +390,7 @@ def test_a_damaged_file_is_one_line_and_status_1_and_stays(start_node, path):
     node.stop()
     with open(path, "rb") as file:
         content = file.read().replace(b"counter-150", b"counter-151")
-    with open(path, "wb") as file:
-        file.write(content)
-    status, line = refused("--data", path)
-    assert (status, "is damaged: move it away; peers or a backup have the counts" in line) == (1, True)
-    with open(path, "rb") as file:
-        assert file.read() == content
+    refused_and_left(path, content, "is damaged: move it away; peers or a backup have the counts")
 
 
 def test_a_file_of_another_cluster_or_a_newer_version_is_one_line_and_status_2(start_node, path):

@@ -349,7 +349,8 @@ def test_a_heartbeat_answered_without_a_vector_is_no_answer():
         node.gossip.answered(link, node.gossip.request(link, 1.0), answer(), 1.0)
 
 
-def test_long_vectors_that_agreed_are_compared_by_their_hash():
+def agreed_halves():
+    """Return two that have just found that their long vectors agree."""
     node, peer = Half(), Half(A, AT_A)
     for number in range(VECTOR_SHORT + 1):
         delta = Delta(f"{number:08x}-1111-8111", 0, 1, {"x": (1, 1)})
@@ -357,6 +358,11 @@ def test_long_vectors_that_agreed_are_compared_by_their_hash():
         assert peer.counter.merge(delta, 0) == APPLIED
     node.links.compare_soon([AT_A], 0.0)
     talk(node, peer, node.links.take(0.0), 0.0)
+    return node, peer
+
+
+def test_long_vectors_that_agreed_are_compared_by_their_hash():
+    node, peer = agreed_halves()
     node.links.compare_soon([AT_A], 1.0)
     link = node.links.take(1.0)
     assert node.gossip.request(link, 0.0).hash == vector_hash(node.counter.vector())
@@ -754,13 +760,7 @@ def test_the_time_that_a_message_waited_counts_for_the_ages_of_keys():
 
 
 def test_a_link_that_is_new_where_vectors_agree_starts_with_a_hash():
-    node, peer = Half(), Half(A, AT_A)
-    for number in range(VECTOR_SHORT + 1):
-        delta = Delta(f"{number:08x}-1111-8111", 0, 1, {"x": (1, 1)})
-        assert node.counter.merge(delta, 0) == APPLIED
-        assert peer.counter.merge(delta, 0) == APPLIED
-    node.links.compare_soon([AT_A], 0.0)
-    talk(node, peer, node.links.take(0.0), 0.0)
+    node, _peer = agreed_halves()
     node.table.heard(Sender(B, AT_B, 1, False), NOBODY, 1.0)  # so it is known who is there
     node.links.compare_soon([AT_B], 1.0)
     assert node.gossip.request(node.links.take(1.0), 1.0).hash == vector_hash(node.counter.vector())

@@ -17,33 +17,12 @@ from conftest import wait_until, wait_until_waiting
 import api
 from api import BODY_MAX, action
 from counter import Delta, connections, http1, lanes, new_replica, places, poller, wire
-from counter.config import parse_arguments
 from counter.lanes import SLOW, WAITS
 from counter.places import CLIENT, PEER
 from counter.serving import SLOW_THREADS
 from counter.signing import HEADER, PATH
-from counter_server import Node
 
-
-@pytest.fixture(scope="module")
-def node():
-    """A node for the tests that leave it as it is, but for counters of their own."""
-    node = Node(parse_arguments(["--port", "0"]))
-    node.start()
-    yield node
-    node.stop()
-
-
-@pytest.fixture
-def client(node, connect):
-    return connect(node)
-
-
-@pytest.fixture(autouse=True)
-def no_traceback(caplog):
-    """No test may make a node log a traceback; one that means to clears the log."""
-    yield
-    assert not [record.getMessage() for record in caplog.get_records("call") if record.exc_info]
+pytestmark = pytest.mark.usefixtures("no_traceback")
 
 
 def test_a_bug_costs_one_connection(client, connect, node, monkeypatch, caplog):
