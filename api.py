@@ -43,8 +43,8 @@ class Api:
     # Always served, even at --max-connections: peer messages and health checks.  An orchestrator whose
     # probes fail on every overloaded node at once would restart them all and lose the counts.
     vital_paths = frozenset({PATH, "/healthz", "/readyz", "/metrics"})
-    # Open to clients without a token: probes, and the page, which knows nothing and asks for one.
-    open_paths = frozenset({PATH, "/healthz", "/readyz", "/"})
+    # Open to clients without a token: probes, the page, which knows nothing and asks for one, and the description.
+    open_paths = frozenset({PATH, "/healthz", "/readyz", "/", "/openapi.json"})
 
     def __init__(self, config, counter, table, gossip, replicator, server, store, tokens, status):
         self._hosts = auth.Hosts(config, server.server_address[0])
@@ -65,10 +65,12 @@ class Api:
             "/healthz": {"GET": status.healthz},
             "/readyz": {"GET": status.readyz},
             "/metrics": {"GET": status.metrics},
+            "/openapi.json": {"GET": status.openapi},
             "/": {"GET": status.dashboard},
             PATH: {"POST": self._message},
         }
         self._router = Router(routes, hidden=("/", PATH))
+        self.public = self._router.public
 
     def route_of(self, path):
         """Return the path by which requests are counted, one of few."""

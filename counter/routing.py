@@ -69,7 +69,7 @@ def with_headers(inner, lines):
 class Router:
     """A table of routes, {path: {method: route}}; a path that ends in /NAME or /ID stands for every last part.
 
-    GET serves HEAD as well.  The paths in `hidden` are never suggested.
+    GET serves HEAD as well.  The paths in `hidden` are never suggested, and not in `public`, {path: methods}.
     """
 
     def __init__(self, table, hidden=()):
@@ -79,6 +79,7 @@ class Router:
         # Up to the last slash -> the path by which requests are counted.
         self._counted = {path[: path.rindex("/") + 1]: path.removesuffix("/NAME") for path in named}
         self._known = {path.strip("/"): path for path in self._exact if path not in hidden}
+        self.public = {path: frozenset(routes) for path, routes in table.items() if path not in hidden}
 
     def path_of(self, path):
         """Return the path, one of few, by which requests to this path are counted: of the table, without /NAME."""

@@ -2,7 +2,7 @@
 
 import time
 
-from counter import __version__, dashboard, exposition, http1
+from counter import __version__, dashboard, exposition, http1, openapi
 from counter.connections import STOPPING
 from counter.http1 import unavailable
 from counter.routing import QUICK, action
@@ -97,6 +97,15 @@ class Status:
             return http1.response(200, text.encode(), exposition.CONTENT_TYPE)
 
         return scrape
+
+    def openapi(self, head):
+        http1.parse_query(head.query, ())
+
+        @action()
+        def document(_body, _connection):
+            return http1.response(200, openapi.BODY)
+
+        return document
 
     def dashboard(self, head):
         http1.parse_query(head.query, ())
