@@ -37,6 +37,7 @@ from counter.confirmations import Confirmations
 from counter.datafile import DataFileError
 from counter.joining import Joining
 from counter.links import DOUBTFUL_MAX, Links
+from counter.private import read_secret_file
 from counter.serving import Server, provide_descriptors
 from counter.signing import Signer
 from counter.status import Status
@@ -70,6 +71,8 @@ class Node:
         self.signer = Signer(config.secrets, config.cluster)
         self.tokens = Tokens(config.tokens) if config.token_file else None
         self._files = []  # (flag, path, reads the file, takes what it holds): what SIGHUP is for
+        if config.secret_file:
+            self._files.append(("--secret-file", config.secret_file, read_secret_file, self.signer.replace))
         if self.tokens:
             self._files.append(("--token-file", config.token_file, read_token_file, self.tokens.replace))
         self.store = self._open_store() if config.data else None

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 from counter import __version__
 from counter.addresses import HOST, parse_address
-from counter.private import read_private_file
+from counter.private import read_secret_file
 from counter.tokens import read_token_file
 
 _ORIGIN = re.compile(
     r"(?!https://.*:443\Z|http://.*:80\Z)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?\Z"
 )
-SECRET_LEAST = 32  # bytes of each
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ class Config:
     fsync: str  # "always" or "never"
     allow_host: tuple  # of further names by which this node answers; "*" is any
     cors_origin: tuple  # of origins whose pages may use this node; "*" is any
-    secrets: tuple  # of bytes, () without --secret-file; the first signs, all are accepted
+    secret_file: str  # or None
+    secrets: tuple  # of bytes, as they were in the file; the first signs, all are accepted
     token_file: str  # or None
     tokens: tuple  # of tokens.Grant, as they were in the file
     cluster: str
@@ -79,9 +79,10 @@ def parse_arguments(arguments):
         parser.error("argument --peer-timeout: must be longer than --heartbeat-interval")
     if options.retry_backoff_max < options.retry_backoff:
         parser.error("argument --retry-backoff-max: must not be shorter than --retry-backoff")
-    if not options.secrets and not options.insecure and not _is_loopback(options.host, parser):
+    if not options.secret_file and not options.insecure and not _is_loopback(options.host, parser):
         parser.error("argument --host: to listen beyond loopback give --secret-file, or --insecure")
     fields = {name: tuple(value) if type(value) is list else value for name, value in vars(options).items()}
+    fields["secret_file"], fields["secrets"] = options.secret_file or (None, ())
     fields["token_file"], fields["tokens"] = options.token_file or (None, ())
     del fields["insecure"]
     return Config(**fields)
@@ -119,9 +120,7 @@ def _add_flags(parser):
     trust = parser.add_argument_group("trust").add_argument
     trust(
         "--secret-file",
-        dest="secrets",
-        type=_secrets,
-        default=(),
+        type=_secret_file,
         metavar="FILE",
         help="sign all messages between nodes with the secret in this file; a line each, the first signs",
     )
@@ -198,16 +197,8 @@ def _path(text):
     return _text(text)
 
 
-def _secrets(path):
-    """Return the secrets in a file, one per line."""
-    secrets = tuple(line.strip() for line in _read(read_private_file, path).splitlines() if line.strip())
-    if not secrets:
-        raise argparse.ArgumentTypeError(f"{path} is empty")
-    if any(len(secret) < SECRET_LEAST for secret in secrets):
-        raise argparse.ArgumentTypeError(
-            f"{path}: a secret has at least {SECRET_LEAST} bytes; make one: openssl rand -hex 32"
-        )
-    return secrets
+def _secret_file(path):
+    return path, _read(read_secret_file, path)
 
 
 def _token_file(path):

@@ -3,6 +3,17 @@
 import os
 
 SIZE_MAX = 2**20
+SECRET_LEAST = 32  # bytes of each
+
+
+def read_secret_file(path):
+    """Return the secrets in a file, bytes, one per line; ValueError, in words for an operator, if it is not good."""
+    secrets = tuple(line.strip() for line in read_private_file(path).splitlines() if line.strip())
+    if not secrets:
+        raise ValueError(f"{path} is empty")
+    if any(len(secret) < SECRET_LEAST for secret in secrets):
+        raise ValueError(f"{path}: a secret has at least {SECRET_LEAST} bytes; make one: openssl rand -hex 32")
+    return secrets
 
 
 def read_private_file(path):

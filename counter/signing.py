@@ -31,8 +31,12 @@ class Signer:
     """
 
     def __init__(self, secrets, cluster):
-        name = f"counter cluster {cluster}".encode()
-        self._keys = [hmac.digest(secret, name, "sha256") for secret in secrets or (b"",)]
+        self._name = f"counter cluster {cluster}".encode()
+        self.replace(secrets)
+
+    def replace(self, secrets):
+        """Take other secrets, from the next message on.  Any thread may call it."""
+        self._keys = [hmac.digest(secret, self._name, "sha256") for secret in secrets or (b"",)]
 
     def request(self):
         """Return the Chain of a request, to be signed or to be proven."""
