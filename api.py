@@ -24,6 +24,7 @@ from counter import (
 from counter.connections import STOPPING
 from counter.http1 import Refused, unavailable
 from counter.lanes import PEERS, QUICK, SLOW, WAITS
+from counter.parameters import BY_NAME, BY_VALUE
 from counter.routing import Router, action, refusing, with_headers
 from counter.signing import HEADER, PATH
 
@@ -232,14 +233,20 @@ class Api:
         return count
 
     def _counts(self, head):
-        query = http1.parse_query(head.query, ("prefix", "start", "limit"))
+        query = http1.parse_query(head.query, ("prefix", "start", "limit", "order"))
         prefix = parameters.prefix(query.get("prefix", ""))
         start = parameters.checked_name(query["start"]) if "start" in query else ""
         limit = parameters.limit(query.get("limit", "100"))
+        by_value = parameters.order(query.get("order", BY_NAME)) == BY_VALUE
+        if by_value and start:
+            raise Refused(400, "start goes with the order by name: values change between two pages")
 
         @action()
         def counts(_body, _connection):
-            values, next = self._counter.list(prefix, start, limit)
+            if by_value:
+                values, next = self._counter.largest(prefix, limit), None
+            else:
+                values, next = self._counter.list(prefix, start, limit)
             return http1.ok_json({"counts": values, "next": next})
 
         return counts

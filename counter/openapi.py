@@ -7,7 +7,7 @@ import json
 
 from counter import __version__
 from counter.ids import AMOUNT_MAX
-from counter.parameters import BATCH_MAX, COUNTS_MAX, WAIT_DEFAULT_S, WAIT_MAX_S
+from counter.parameters import BATCH_MAX, BY_NAME, BY_VALUE, COUNTS_MAX, WAIT_DEFAULT_S, WAIT_MAX_S
 
 PROBLEM = "application/problem+json"
 DESCRIPTION = (
@@ -170,12 +170,13 @@ PATHS = {
     "/counts": {
         "get": operation(
             "counts",
-            "List counters by name",
+            "List counters by name, or the largest first",
             {200: answer("A page of them", schema("Counts"))},
             [
                 in_query("prefix", "Only names that begin so", type="string", pattern=r"^[A-Za-z0-9._:-]{0,128}$"),
-                in_query("start", "Go on there: the `next` of the page before", allOf=[schema("Name")]),
+                in_query("start", "Go on there: the `next` of the page before, by name", allOf=[schema("Name")]),
                 in_query("limit", "How many", type="integer", minimum=1, maximum=COUNTS_MAX, default=100),
+                in_query("order", "By name, or by value, the largest first", enum=[BY_NAME, BY_VALUE], default=BY_NAME),
             ],
         )
     },

@@ -9,6 +9,7 @@ from counter.ids import AMOUNT_MAX, NAME, parse_increment_id
 
 WAIT_DEFAULT_S, WAIT_MAX_S = 5.0, 60.0  # of ?timeout=
 COUNTS_MAX = 1000  # counters in one answer
+BY_NAME, BY_VALUE = "name", "value"  # orders of counters
 
 BATCH_MAX = 1000  # names in a batch
 
@@ -126,6 +127,12 @@ def limit(text):
     if not re.fullmatch("[1-9][0-9]{0,3}", text) or int(text) > COUNTS_MAX:
         raise Refused(400, f"limit must be an integer from 1 to {COUNTS_MAX}")
     return int(text)
+
+
+def order(text):
+    if text not in (BY_NAME, BY_VALUE):
+        raise Refused(400, f"order must be {BY_NAME} or {BY_VALUE}")
+    return text
 
 
 def durable(text):

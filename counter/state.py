@@ -198,6 +198,13 @@ class Counter:
         """
         return self._counters.list(prefix, start, limit, self._lock)
 
+    def largest(self, prefix, limit):
+        """Return the counters with the largest values whose names begin with `prefix`, at most `limit`.
+
+        They come as {name: value}, the largest first; equal ones by name.
+        """
+        return self._counters.largest(prefix, limit, self._lock)
+
     def sizes(self):
         """Return how many counters and how many idempotency keys this node knows."""
         return len(self._counters), len(self._keys)

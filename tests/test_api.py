@@ -457,9 +457,24 @@ def test_a_page_has_as_many_counters_as_were_asked_for(start_local, connect, que
     assert page["next"] == f"n{size:04}"
 
 
+def test_counters_are_listed_by_value(start_local, connect):
+    """The largest first, equal ones by name; there is no next page, as values change between two."""
+    node = start_local()
+    client = connect(node)
+    client.ask("POST", "/increments", body=b'{"b": 7, "a": 7, "c": -1, "ab": 9}')
+    reply = client.ask("GET", "/counts?order=value")
+    assert list(reply.json()["counts"].items()) == [("ab", 9), ("a", 7), ("b", 7), ("c", -1)]
+    assert reply.json()["next"] is None
+    assert client.ask("GET", "/counts?order=value&limit=1&prefix=a").json() == {"counts": {"ab": 9}, "next": None}
+    assert client.ask("GET", "/counts?order=name&start=b&limit=1").json() == {"counts": {"b": 7}, "next": "c"}
+    assert "start" in problem(client.ask("GET", "/counts?order=value&start=a"), 400)
+
+
 @pytest.mark.parametrize(
     "query",
     [
+        "order=",
+        "order=size",
         "limit=0",
         "limit=1001",
         "limit=-1",

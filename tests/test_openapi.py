@@ -90,6 +90,8 @@ def test_a_route_takes_the_parameters_that_are_described(client, path, method, o
         ("GET", f"/count/described?after={NOBODYS_ID}&timeout=0", [], b"", 504),
         ("GET", "/counts?limit=1", [], b"", 200),
         ("GET", "/counts?prefix=described&start=d", [], b"", 200),
+        ("GET", "/counts?order=value", [], b"", 200),
+        ("GET", "/counts?order=value&start=d", [], b"", 400),
         ("GET", "/counts", ["Transfer-Encoding: chunked"], b"", 501),
         ("GET", "/peers", [], b"", 200),
         ("GET", "/healthz", [], b"", 200),

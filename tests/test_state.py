@@ -609,3 +609,29 @@ def test_names_are_listed_while_counters_appear(tiny_switch_interval):
     for thread in threads:
         thread.join()
     assert not errors
+
+
+@pytest.mark.parametrize("spread", [0, 3, 10**6])
+def test_the_largest_counters_come_first(spread):
+    """As a sort of all of them would have it: equal ones by name, also below zero, with any prefix and limit."""
+    counter, rng = Counter(A), random.Random(spread)
+    assert counter.largest("", 10) == {}
+    for number in rng.sample(range(1000), 500):
+        counter.increment(f"{number % 3}-{number}", rng.randint(1, 1 + spread) * rng.choice((1, -1)))
+    everything, _ = counter.list("", "", 1000)
+    for prefix in ("", "1", "1-9", "none"):
+        ranked = sorted((-value, name) for name, value in everything.items() if name.startswith(prefix))
+        for limit in (1, 10, 499, 500, 1000):
+            largest = counter.largest(prefix, limit)
+            assert [(-value, name) for name, value in largest.items()] == ranked[:limit]
+
+
+def test_the_largest_are_found_while_counters_appear(tiny_switch_interval):
+    """A counter that was there before, and is the largest, always comes first."""
+    counter = Counter(A)
+    counter.increment("first", 10**6)
+    thread = threading.Thread(target=lambda: [counter.increment(f"n{number}") for number in range(2000)])
+    thread.start()
+    while thread.is_alive():
+        assert next(iter(counter.largest("", 5).items())) == ("first", 10**6)
+    thread.join()
