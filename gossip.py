@@ -8,6 +8,7 @@ import threading
 
 from counter.binding import Numbers
 from counter.clocks import Clocks
+from counter.confirmations import is_long
 from counter.ids import SEQUENCE_MAX
 from counter.links import LINK_IDLE_S
 from counter.roster import ACTIVE, LOST
@@ -74,7 +75,7 @@ class Gossip:
         """Return the Message to send over a link in flight; None if there is nothing to say."""
         vector, replica = self._counter.vector(), self._counter.replica
         to = link.peer or self._table.id_at(link.address)
-        known = self._confirmations.vectors.get(to)
+        known = self._confirmations.to_send_from(to, now)
         with self._lock:
             self._number += 1
             number = self._number
@@ -85,11 +86,13 @@ class Gossip:
             # After a failure it is enough to find out what the peer holds: it may have arrived.
             deltas = self._counter.deltas(known, DELTAS_MAX, now) if known is not None and not link.failures else []
             hash = self._hash(vector) if link.agreed and len(vector) > VECTOR_SHORT else None
+            deltas = self._confirmations.requested(to, deltas, now)
             return Message(sender, view, vector, hash, None, deltas, to=to, number=number, clock=now)
         delta = self._counter.delta(replica, known.get(replica, 0), now)
-        if not delta:
+        deltas = self._confirmations.requested(to, [delta], now) if delta else []
+        if not deltas:
             return None
-        return Message(self._table.sender(), NO_VIEW, None, None, None, [delta], to=to, number=number, clock=now)
+        return Message(self._table.sender(), NO_VIEW, None, None, None, deltas, to=to, number=number, clock=now)
 
     def _hash(self, vector):
         """Return the hash of a vector of this node; most often that of the last time."""
@@ -159,9 +162,11 @@ class Gossip:
             return True, False
         if confirmed.get(own, 0) < sent:  # it did not take what this node counted, nor will it unless that changes
             return not compared, compared and before.get(own, 0) == confirmed.get(own, 0)
-        # Compared with what was held as the request was cut: of what arrived since, its
-        # own node tells the peer.  Without progress the next heartbeat is soon enough.
-        return compared and progressed and (lacks(mine, confirmed) or lacks(confirmed, request.applied)), False
+        if not (compared and progressed):  # the next heartbeat is soon enough
+            return False, False
+        # Compared with what was held as the request was cut: of what arrived since, its own node tells
+        # the peer.  What came in a long answer the peer sends on from only once it knows that it arrived.
+        return is_long(answer.deltas) or lacks(mine, confirmed) or lacks(confirmed, request.applied), False
 
     # What others send.
 
@@ -185,8 +190,13 @@ class Gossip:
         mine = self._counter.vector()
         compares = message.applied is not None or message.hash is not None
         vector = mine if message.hash is not None and message.hash == self._hash(mine) else message.applied
+        deltas = []
+        if message.applied is not None:
+            # What it counts itself it knows best.
+            known = {**self._confirmations.to_send_from(id, now, message.applied), id: SEQUENCE_MAX}
+            deltas = self._counter.deltas(known, DELTAS_MAX, now)
         if vector is not None and id != replica:
-            self._confirmations.confirm(id, vector, now)
+            deltas = self._confirmations.confirm(id, vector, now, answered=deltas)
             self._heard_vector(message.sender, vector, mine)
         if compares and message.sender.address:
             self._links.heard_from(message.sender.address)
@@ -194,17 +204,11 @@ class Gossip:
         sender, view = self._table.describe() if compares else (self._table.sender(), NO_VIEW)
         confirms = {delta.replica: mine.get(delta.replica, 0) for delta in message.deltas} or None
         refused = {replica: result for replica, result in results.items() if result in (GAP, NEEDS)}
-        if message.applied is not None:
-            # What it counts itself it knows best.
-            known = {**message.applied, id: SEQUENCE_MAX}
-            deltas, agreed = self._counter.deltas(known, DELTAS_MAX, now), message.applied == mine
-        elif message.hash is not None:
-            deltas, agreed = [], message.hash == self._hash(mine)
-        else:
+        if not compares:
             return Message(sender, view, None, None, confirms, [], refused, clock=now)
         if sender.leaving:
             sender = self._leaving_sender(message.sender, sender, deltas)
-        hash = self._hash(mine) if agreed and len(mine) > VECTOR_SHORT else None
+        hash = self._hash(mine) if vector == mine and len(mine) > VECTOR_SHORT else None
         return Message(sender, view, mine, hash, confirms, deltas, refused, clock=now)
 
     def _is_for_this(self, message):
@@ -213,6 +217,11 @@ class Gossip:
     def expects(self, message):
         """Return whether a message is for this process, and new; to receive it may still turn out otherwise."""
         return self._is_for_this(message) and self._numbers.is_new(message.sender.id, message.number)
+
+    def progress(self, id, now):
+        """Take note that bytes of a long message pass from or to a peer."""
+        self._table.progress(id, now)
+        self._confirmations.progress(id, now)
 
     def _leaving_sender(self, asking, sender, deltas):
         """Return what an answer says of this node, which leaves, to a peer that asked by itself.

@@ -140,7 +140,7 @@ class Replicator:
     def _part_arrived(self, head):
         if not self._gossip.expects(head):
             raise Refused(409, "this message is for another process, or not new")
-        self._table.progress(head.sender.id, self._clock())
+        self._gossip.progress(head.sender.id, self._clock())
 
     def receive(self, signature, body, local_host, remote_host):
         """Take in the message that has arrived, and return the Reply.
@@ -177,7 +177,7 @@ class Replicator:
         for piece in pieces:
             self.traffic.add(bytes_sent=len(piece))
             yield piece
-            self._table.progress(id, self._clock())
+            self._gossip.progress(id, self._clock())
 
     def _log_refusal(self, host, reason):
         """Write that messages from a host are refused, once."""
@@ -274,7 +274,7 @@ class Replicator:
         for piece in pieces:
             session.deadline = self._clock() + PROGRESS_TIMEOUT_S
             yield piece
-            self._table.progress(id, self._clock())
+            self._gossip.progress(id, self._clock())
         session.deadline = self._clock() + patience_s
 
     def _read_answer(self, session, response, chain, id):
@@ -288,7 +288,7 @@ class Replicator:
                 decoder.feed(line)
             if decoder.is_long:
                 session.deadline = self._clock() + PROGRESS_TIMEOUT_S
-                self._table.progress(id, self._clock())
+                self._gossip.progress(id, self._clock())
         if response.status != 200:
             kind = PeerRefuses if response.status in REFUSALS else ValueError
             raise kind(f"answered {response.status}: {beginning!r}")

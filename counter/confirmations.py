@@ -2,11 +2,25 @@
 
 It is known by replica id, and not by address: a peer that dials out but cannot be dialled shows
 what it holds in its own requests.
+
+A long message may be on its way for minutes.  The histories in it are confirmed only once its receiver
+says so, but they are not sent a second time meanwhile.
 """
 
 import threading
 
+from counter.ids import SEQUENCE_MAX
 from counter.waiting import Waiters
+from counter.wire import SHORT
+
+ANSWER, REQUEST = "answer", "request"  # what may carry histories to a peer
+STALLED_S = 30.0  # a long message that has not got on for so long is taken for lost
+NEVER = float("inf")
+
+
+def is_long(deltas):
+    """Return whether a message with these deltas may take long on its way."""
+    return sum(len(delta.totals) + len(delta.keys) for delta in deltas) > SHORT
 
 
 class Confirmations:
@@ -21,13 +35,20 @@ class Confirmations:
         self._lock = threading.Lock()
         self.vectors = {}
         self._heard_at = {}  # id of a peer -> when it last confirmed anything
+        # (id of a peer, ANSWER or REQUEST) -> (the replicas in a long one, when to take it for lost)
+        self._on_the_way = {}
         self._told_leaving = set()  # ids of peers that know that this node is leaving
         self._waiters = Waiters(self._lock)  # who waits for acks of a dot, or for any change
         self.agreed = False  # vectors were equal when two nodes last compared them
 
-    def confirm(self, peer, vector, now):
-        """Record what a peer holds, in place of what was known before; None if nothing is known any more."""
+    def confirm(self, peer, vector, now, answered=None):
+        """Record what a peer holds, in place of what was known before; None if nothing is known any more.
+
+        If it said so in a request, `answered` are the deltas for it, and what of them to send is returned,
+        as by requested(): the answer to an earlier request has arrived, or never will.
+        """
         with self._lock:
+            to_send = self._send_locked(peer, REQUEST if answered is None else ANSWER, answered or [], now)
             before = self.vectors.get(peer) or {}
             if vector is None:
                 self.vectors.pop(peer, None)
@@ -35,6 +56,47 @@ class Confirmations:
                 self.vectors[peer], self._heard_at[peer] = vector, now
             if self._waiters:
                 self._waiters.advanced_locked(before, vector or {})
+            return to_send
+
+    def requested(self, peer, deltas, now):
+        """Record that a request brings these deltas to a peer, and that an earlier one does so no longer.
+
+        Return those to send: without the histories that an answer has begun to bring in the meantime.
+        """
+        with self._lock:
+            return self._send_locked(peer, REQUEST, deltas, now)
+
+    def _send_locked(self, peer, carrier, deltas, now):
+        replicas, until = self._on_the_way.get((peer, REQUEST if carrier is ANSWER else ANSWER), _NOTHING)
+        if now < until:
+            deltas = [delta for delta in deltas if delta.replica not in replicas]
+        self._on_the_way.pop((peer, carrier), None)
+        if is_long(deltas):
+            self._on_the_way[peer, carrier] = {delta.replica for delta in deltas}, now + STALLED_S
+        return deltas
+
+    def progress(self, peer, now):
+        """Record that bytes of a long message pass to a peer."""
+        with self._lock:
+            for carrier in (ANSWER, REQUEST):
+                if sent := self._on_the_way.get((peer, carrier)):
+                    self._on_the_way[peer, carrier] = sent[0], now + STALLED_S
+
+    def to_send_from(self, peer, now, shown=None):
+        """Return the vector from which on to cut deltas for a peer; None if it is not known what it holds.
+
+        They are for the answer to a request that has `shown` that, or else for a request.  Histories that
+        the other of the two is bringing are left out: what comes after them would be a GAP.
+        """
+        with self._lock:
+            vector = self.vectors.get(peer) if shown is None else shown
+            replicas, until = self._on_the_way.get((peer, ANSWER if shown is None else REQUEST), _NOTHING)
+        return {**vector, **dict.fromkeys(replicas, SEQUENCE_MAX)} if vector is not None and now < until else vector
+
+    def sent_until(self, peer, replica):
+        """Return until when a history is on its way to a peer; -NEVER if it is not.  Needs no lock."""
+        sent = (self._on_the_way.get((peer, carrier), _NOTHING) for carrier in (ANSWER, REQUEST))
+        return max(until if replica in replicas else -NEVER for replicas, until in sent)
 
     def knows_of_leaving(self, peer):
         """Record that a peer knows that this node is leaving."""
@@ -51,6 +113,7 @@ class Confirmations:
             for peer in [peer for peer, at in self._heard_at.items() if at < heard_before and peer not in kept]:
                 del self._heard_at[peer]
                 self.vectors.pop(peer, None)
+            self._on_the_way = {key: sent for key, sent in self._on_the_way.items() if sent[1] >= heard_before}
 
     # What others ask.
 
@@ -91,6 +154,9 @@ class Confirmations:
     def stop_waiting(self):
         """Wake all who wait for a dot and refuse new waits; called when the node stops."""
         self._waiters.stop()
+
+
+_NOTHING = ((), -NEVER)  # is on its way
 
 
 def _missing(vector, others, peers):

@@ -183,7 +183,8 @@ class Links:
                 at = link.compare_at
                 if own and vectors.get(link.peer, _NOTHING).get(replica, 0) < own:
                     # A heartbeat does not delay the push after it, or every second some increments would come late.
-                    at = min(at, max(link.pushed_at + pacing_s, link.retry_at))
+                    sent_until = self._confirmations.sent_until(link.peer, replica)
+                    at = min(at, max(link.pushed_at + pacing_s, link.retry_at, sent_until))
                 if at < NEVER:
                     yield at, link
 
