@@ -32,6 +32,7 @@ BODY_MAX = 64 * 1024  # bytes of a public request's body
 BATCH_QUICK = 4096  # bytes of a batch that takes a fraction of a millisecond: some hundred names
 CONDITIONS = ("acks", "durable", "timeout")  # parameters: where an increment is to be before the answer
 RETRY_AFTER_MAX_S = 60
+SHOWN_MAX = 5  # addresses in a refusal
 # A peer needs one connection; a second one while it replaces that.  The others are for peers to come.
 CONNECTIONS_PER_PEER, PEERS_SPARE = 2, 16
 
@@ -217,10 +218,17 @@ class Api:
 
     def _count(self, head, name="default"):
         name = parameters.name(name)
-        query = http1.parse_query(head.query, ("after", "timeout"))
+        query = http1.parse_query(head.query, ("after", "fresh", "timeout"))
         dot = parameters.dot(query["after"]) if "after" in query else None
-        timeout_s = parameters.timeout_s(query, "after")
+        fresh = parameters.fresh(query.get("fresh", "false"))
+        timeout_s = parameters.timeout_s(query, "after", "fresh")
         counter = self._counter
+        if fresh:
+            if dot:
+                raise Refused(
+                    400, "send after or fresh, not both: a fresh read includes all that was counted before it"
+                )
+            return self._count_fresh(name, fresh == parameters.ACTIVE, timeout_s)
 
         @action(QUICK if dot is None else WAITS)
         def count(_body, _connection):
@@ -229,6 +237,18 @@ class Api:
                     raise unavailable(STOPPING)
                 raise Refused(504, "that increment has not arrived here within the timeout; try again")
             return http1.ok(f'{{"name": "{name}", "count": {counter.value(name)}}}\n')
+
+        return count
+
+    def _count_fresh(self, name, without_lost, timeout_s):
+        @action(WAITS)
+        def count(_body, _connection):
+            if not self._table.is_ready:
+                raise unavailable("this node is not ready: it does not know yet whom to ask")
+            read = self._gossip.freshness.wait(timeout_s, time.monotonic, without_lost)
+            if not read.fresh:
+                raise unavailable(STOPPING) if self._server.stopping else _not_fresh(read)
+            return http1.ok(f'{{"name": "{name}", "count": {self._counter.value(name)}, "nodes": {read.nodes}}}\n')
 
         return count
 
@@ -276,6 +296,20 @@ class Api:
             return respond(200, reply.body, headers=[(HEADER, reply.signature)])
 
         return receive
+
+
+def _not_fresh(read):
+    """Return the Refused that tells a client why a read is not fresh."""
+    if read.lost:
+        advice = f"lost, so nobody knows what they count: {_some(read.lost)}; fresh=active leaves them out"
+    else:
+        advice = f"no answer in time from {_some(read.missing)}; try again"
+    return Refused(504, f"not all nodes could be asked: {advice}")
+
+
+def _some(addresses):
+    shown = ", ".join(sorted(addresses)[:SHOWN_MAX])
+    return shown if len(addresses) <= SHOWN_MAX else f"{shown} and {len(addresses) - SHOWN_MAX} more"
 
 
 def _not_counted(error):

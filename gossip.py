@@ -9,6 +9,7 @@ import threading
 from counter.binding import Numbers
 from counter.clocks import Clocks
 from counter.confirmations import is_long
+from counter.freshness import Freshness
 from counter.ids import SEQUENCE_MAX
 from counter.links import LINK_IDLE_S
 from counter.roster import ACTIVE, LOST
@@ -34,6 +35,7 @@ class Gossip:
         self._counter, self._table, self._links = counter, table, links
         self._confirmations, self._joining = confirmations, joining
         self._push_fanout = push_fanout
+        self.freshness = Freshness(table, links)
         # Guards the number.  Never held together with another.
         self._lock = threading.Lock()
         self._number = 0  # of the latest request
@@ -46,6 +48,7 @@ class Gossip:
         """Do what a sweep asks for: send heartbeats to those addresses, and resolve the names of those seeds."""
         self._links.send_heartbeats(addresses, seeds, now)
         self._follow_membership(now)
+        self.freshness.look(now)  # the sweep may have found peers to be lost
         self._counter.expire(now)
         if not self._joining.ready:
             refusals = self._links.refusals(self._table.seed_addresses())
@@ -128,6 +131,8 @@ class Gossip:
             self._confirmations.agreed = link.agreed = confirmed == request.applied
             if peer != own:
                 self._heard_vector(answer.sender, confirmed, mine)
+            if not lacks(mine, confirmed):
+                self.freshness.compared(peer, link.last_sent_at, now)
         again = hold = False
         if peer != own:
             progressed = merged or confirmed != before or request.hash is not None
@@ -247,6 +252,7 @@ class Gossip:
         if contact:
             self._links.compare_soon(contact, now)
         if changes:
+            self.freshness.look(now)
             log_changes(changes, len(self._table.active()))
             self._confirmations.membership_changed()
             gone = {change.address for change in changes if change.what in ("left", "restarted")}
@@ -276,8 +282,9 @@ class Gossip:
         return reached()
 
     def stop_waiting(self):
-        """Wake all who wait for acks and refuse new waits; called when the node stops."""
+        """Wake all who wait for acks or to read, and refuse new waits; called when the node stops."""
         self._confirmations.stop_waiting()
+        self.freshness.stop()
 
     def drain(self, clock, timeout_s):
         """Say to all peers that this node leaves, and hand over what it holds.

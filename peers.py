@@ -149,6 +149,18 @@ class PeerTable:
             peers = self._roster.peers.values()
             return [peer.id for peer in peers if peer.state != LOST and peer.address != self._address]
 
+    def others(self):
+        """Return ({id: address} of the active and unverified peers, addresses of the lost), as present() has them."""
+        with self._lock:
+            peers = [peer for peer in self._roster.peers.values() if peer.address != self._address]
+        present = {peer.id: peer.address for peer in peers if peer.state != LOST}
+        return present, [peer.address for peer in peers if peer.state == LOST]
+
+    @property
+    def is_ready(self):
+        """Whether this node has announced that it is ready."""
+        return self._ready
+
     def seed_addresses(self):
         """Return all addresses that the seeds last resolved to."""
         with self._lock:

@@ -7,7 +7,7 @@ import json
 
 from counter import __version__
 from counter.ids import AMOUNT_MAX
-from counter.parameters import BATCH_MAX, BY_NAME, BY_VALUE, COUNTS_MAX, WAIT_DEFAULT_S, WAIT_MAX_S
+from counter.parameters import ACTIVE, BATCH_MAX, BY_NAME, BY_VALUE, COUNTS_MAX, WAIT_DEFAULT_S, WAIT_MAX_S
 
 PROBLEM = "application/problem+json"
 DESCRIPTION = (
@@ -133,8 +133,14 @@ def increment(id, summary, *parameters):
 
 def count(id, summary, *parameters):
     after = in_query("after", "Wait until the increment with this id has arrived here", allOf=[schema("Id")])
+    fresh = in_query(
+        "fresh",
+        "Ask all other nodes first, or those that are not lost, so that it includes what they acknowledged before",
+        enum=["true", "false", ACTIVE],
+        default="false",
+    )
     answers = {200: answer("What it stands at", schema("Count"))}
-    return operation(id, summary, answers, (*parameters, after, timeout("after")), refusals=(504,))
+    return operation(id, summary, answers, (*parameters, after, fresh, timeout("after or fresh")), refusals=(504,))
 
 
 PATHS = {
@@ -219,7 +225,10 @@ SCHEMAS = {
     "Id": {"type": "string", "format": "uuid", "description": "A UUIDv8 of its own for every increment"},
     "Incremented": record({"id": schema("Id"), "name": schema("Name"), "count": INTEGER}, **WHERE),
     "Batch": record({"id": schema("Id"), "counts": {"type": "object", "additionalProperties": INTEGER}}, **WHERE),
-    "Count": record({"name": schema("Name"), "count": INTEGER}),
+    "Count": record(
+        {"name": schema("Name"), "count": INTEGER},
+        nodes={"type": "integer", "minimum": 1, "description": "How many nodes a fresh read includes"},
+    ),
     "Counts": record(
         {
             "counts": {"type": "object", "additionalProperties": INTEGER},

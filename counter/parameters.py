@@ -9,6 +9,7 @@ from counter.ids import AMOUNT_MAX, NAME, parse_increment_id
 
 WAIT_DEFAULT_S, WAIT_MAX_S = 5.0, 60.0  # of ?timeout=
 COUNTS_MAX = 1000  # counters in one answer
+ACTIVE = "active"  # of ?fresh=: peers that are lost are not asked
 BY_NAME, BY_VALUE = "name", "value"  # orders of counters
 
 BATCH_MAX = 1000  # names in a batch
@@ -127,6 +128,12 @@ def limit(text):
     if not re.fullmatch("[1-9][0-9]{0,3}", text) or int(text) > COUNTS_MAX:
         raise Refused(400, f"limit must be an integer from 1 to {COUNTS_MAX}")
     return int(text)
+
+
+def fresh(text):
+    if text not in ("true", "false", ACTIVE):
+        raise Refused(400, f"fresh must be true, false or {ACTIVE}")
+    return text if text != "false" else None
 
 
 def order(text):

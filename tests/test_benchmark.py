@@ -67,6 +67,16 @@ def test_a_flood_is_watched():
     assert [line.split(" asked ")[1].split()[:2] for line in lines] == [["0", "failed"]] * 5
 
 
+def test_fresh_reads_are_never_stale():
+    """The script counts them under load, beside plain reads."""
+    command = [sys.executable, PROJECT / "benchmarks" / "fresh_reads.py", "--nodes", "3", "--reads", "40"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+    first, second = result.stdout.splitlines()
+    assert first.startswith("fresh=true: 40 reads, 0 stale, p50 ")
+    assert second.startswith("fresh=false: 40 reads, ")
+
+
 def test_two_checkouts_are_compared():
     """Each figure has a line with both, and how many times better the one is in which the benchmark lies."""
     result = run_benchmark(*TINY, "--only", "single", "--connections", "8", "--paired", PROJECT)
