@@ -36,6 +36,7 @@ class GrowingDelta:
         require(REPLICA.match(replica), "a replica")
         require(is_int(through, 1, SEQUENCE_MAX) and is_int(after, 0, through - 1), "a delta's range")
         self._replica, self._after, self._through, self._requires = replica, after, through, _dots(requires)
+        self._taken = 0  # sequences, at least, by what its entries have counted
         self._names = {}  # name of each entry -> the very same: a million keys must not bring a million copies
         self._totals, self._keys = {}, []  # or columns, once they are many
 
@@ -47,6 +48,9 @@ class GrowingDelta:
             require(NAME.match(name) and self._names.setdefault(name, name) is name, "a name")
             require(is_int(sequence, self._after + 1, self._through), "a sequence")
             require(is_int(total, -sequence * AMOUNT_MAX, sequence * AMOUNT_MAX), "a total")
+            # A sequence counts to one counter, at most so much.
+            self._taken += 1 if -AMOUNT_MAX <= total <= AMOUNT_MAX else -(-abs(total) // AMOUNT_MAX)
+        require(self._taken <= self._through, "totals for so few increments")
         if type(self._totals) is dict and len(self._totals) + len(entries) > LARGE:
             few, self._totals = self._totals, Totals()
             self._totals.extend(few.items())

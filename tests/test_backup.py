@@ -33,7 +33,7 @@ def some_deltas():
     """Return deltas of several replicas, with large totals, keys, and a cancellation in between."""
     keys = ((2, key_digest("k"), "x", 7, 10.0), (3, key_digest("l"), "y", 7, 5.0, ((B, 1),)))
     return [
-        Delta(A, 0, 2000, {"x": (2, 7), "y": (3, -7), "large": (2000, 2000 * AMOUNT_MAX)}, keys),
+        Delta(A, 0, 2000, {"x": (2, 7), "y": (3, -7), "large": (2000, 1998 * AMOUNT_MAX)}, keys),
         Delta(C, 0, 1, {"x": (1, -7)}, (), ((A, 2), (B, 1))),
         Delta(B, 0, 1, {"x": (1, 7)}),
     ]

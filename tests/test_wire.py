@@ -164,6 +164,7 @@ def test_what_is_no_message_is_refused(body):
         with_delta(totals={"x": [3.0, 1]}),
         with_delta(totals={"x": [3, 1.0]}),
         with_delta(totals={"x": [3, 3 * AMOUNT_MAX + 1]}),
+        with_delta(totals={"x": [2, AMOUNT_MAX + 1], "y": [3, -AMOUNT_MAX - 1]}),
         *(
             with_delta(keys=[key])
             for key in (
