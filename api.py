@@ -45,6 +45,7 @@ class Api:
     # Always served, even at --max-connections: peer messages and health checks.  An orchestrator whose
     # probes fail on every overloaded node at once would restart them all and lose the counts.
     vital_paths = frozenset({PATH, "/healthz", "/readyz", "/metrics"})
+    peer_paths = frozenset({PATH})  # where TLS is, only nodes with a certificate get there
     # Open to clients without a token: probes, the page, which knows nothing and asks for one, and the description.
     open_paths = frozenset({PATH, "/healthz", "/readyz", "/", "/openapi.json"})
 

@@ -70,11 +70,8 @@ class Node:
         )
         self.signer = Signer(config.secrets, config.cluster)
         self.tokens = Tokens(config.tokens) if config.token_file else None
-        self._files = []  # (flag, path, reads the file, takes what it holds): what SIGHUP is for
-        if config.secret_file:
-            self._files.append(("--secret-file", config.secret_file, read_secret_file, self.signer.replace))
-        if self.tokens:
-            self._files.append(("--token-file", config.token_file, read_token_file, self.tokens.replace))
+        self.certificates = config.certificates
+        self._files = list(self._files_of(config))  # (flag, path, reads it again): what SIGHUP is for
         self.store = self._open_store() if config.data else None
         try:
             self.server = Server(config)
@@ -99,12 +96,20 @@ class Node:
         self.gossip = Gossip(self.counter, self.table, links, confirmations, self.joining, config.fanout)
         workers = config.retry_workers + DOUBTFUL_MAX
         self.replicator = Replicator(
-            self.gossip, links, self.table, self.signer, self.port, workers, config.peer_timeout
+            self.gossip, links, self.table, self.signer, self.port, workers, config.peer_timeout, self.certificates
         )
-        self.heartbeat = Heartbeat(self.table, config.heartbeat_interval, self.replicator.contact)
+        self.heartbeat = Heartbeat(self.table, config.heartbeat_interval, self._swept)
         parts = self.counter, self.table, self.gossip
         status = Status(*parts, self.replicator.traffic, self.server, self.store, self.readiness)
         self.api = Api(config, *parts, self.replicator, self.server, self.store, self.tokens, status)
+
+    def _files_of(self, config):
+        if config.secret_file:
+            yield "--secret-file", config.secret_file, lambda: self.signer.replace(read_secret_file(config.secret_file))
+        if config.token_file:
+            yield "--token-file", config.token_file, lambda: self.tokens.replace(read_token_file(config.token_file))
+        if config.certificates:
+            yield "--tls-cert", config.certificates.cert, config.certificates.read_again
 
     def _open_store(self):
         """Return the store, with everything that is in its file in the counter."""
@@ -132,14 +137,19 @@ class Node:
 
     def read_files_again(self):
         """Take what the files of the command line hold now; one that is not good is logged, and changes nothing."""
-        for flag, path, read, take in self._files:
+        for flag, path, read_again in self._files:
             try:
-                content = read(path)
+                read_again()
             except ValueError as error:
                 log.warning("not read again, what it held before stays: flag=%s error=%s", flag, error)
             else:
-                take(content)
                 log.info("read again: flag=%s file=%s", flag, path)
+
+    def _swept(self, addresses, seeds):
+        """Do what there is to do once an interval."""
+        self.replicator.contact(addresses, seeds)
+        if self.certificates:
+            self.certificates.watch()
 
     def stop(self):
         """Answer what is in flight, hand everything to the peers, say leave, end all threads, save the rest.

@@ -26,7 +26,7 @@ from counter.addresses import join_address, split_address
 from counter.http1 import Refused
 from counter.links import PeerRefuses
 from counter.signing import HEADER, PATH, Opener, WrongSignature, seal, sealed_size
-from counter.transport import FAILURES, Session
+from counter.transport import FAILURES, Session, TlsSession
 from counter.wire import Decoder, encode
 
 log = logging.getLogger("counter.replication")
@@ -107,9 +107,14 @@ class Replicator:
     Receiving is done in the thread that calls, which may be any.
     """
 
-    def __init__(self, gossip, links, table, signer, port, workers, peer_timeout_s, clock=time.monotonic):
+    def __init__(
+        self, gossip, links, table, signer, port, workers, peer_timeout_s, certificates=None, clock=time.monotonic
+    ):
+        """`certificates` are for connections over TLS; None: plain ones."""
         self._gossip, self._links, self._table = gossip, links, table
         self._signer, self._port, self._clock = signer, port, clock
+        self._certificates = certificates
+        self._found = {}  # address of a seed -> (its host, the addresses that this led to); replaced one by one
         self.traffic = Traffic()
         self._lock = threading.Lock()  # guards the next
         self._refusals = OrderedDict()  # (host, reason), each logged once, the latest last
@@ -219,6 +224,7 @@ class Replicator:
             return
         hosts = dict.fromkeys(info[4][0] for info in found)
         addresses = [join_address(host, port) for host in hosts if "%" not in host]
+        self._found[link.address] = host, addresses
         self._links.send_heartbeats(self._table.resolved(link.address, addresses), [], self._clock())
         self._links.released(link)
 
@@ -255,7 +261,7 @@ class Replicator:
     def _post(self, link, request):
         """Return the Message that answers a request; one of FAILURES, WrongSignature or ValueError if none does."""
         if link.session is None:
-            link.session = Session(link.address, PATH)
+            link.session = self._new_session(link.address)
         session, chain = link.session, self._signer.request()
         patience_s = self._read_timeout_s * 2 ** min(link.failures, PATIENCE_DOUBLINGS)
         signature, body = _sealed(chain, request)
@@ -268,6 +274,18 @@ class Replicator:
         session.deadline = self._clock() + CONNECT_TIMEOUT_S + patience_s
         response = session.post(body, {"Content-Length": str(size), HEADER: signature}, CONNECT_TIMEOUT_S)
         return self._read_answer(session, response, chain, request.to)
+
+    def _new_session(self, address):
+        if self._certificates is None:
+            return Session(address, PATH)
+        return TlsSession(address, PATH, self._certificates, self._name_of)
+
+    def _name_of(self, address):
+        """Return the host that a peer's certificate has to be for: the name of the seed that led there, if one did."""
+        for name, addresses in list(self._found.values()):
+            if address in addresses:
+                return name
+        return split_address(address)[0]
 
     def _requesting(self, session, id, pieces, patience_s):
         """Yield the pieces of a long request: if the next is asked for, the one before got on."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from counter import __version__
 from counter.addresses import HOST, parse_address
+from counter.certificates import Certificates
 from counter.private import read_secret_file
 from counter.tokens import read_token_file
 
@@ -45,6 +46,7 @@ class Config:
     secrets: tuple  # of bytes, as they were in the file; the first signs, all are accepted
     token_file: str  # or None
     tokens: tuple  # of tokens.Grant, as they were in the file
+    certificates: Certificates  # None without --tls-cert
     cluster: str
     log_level: str
     log_format: str
@@ -79,13 +81,33 @@ def parse_arguments(arguments):
         parser.error("argument --peer-timeout: must be longer than --heartbeat-interval")
     if options.retry_backoff_max < options.retry_backoff:
         parser.error("argument --retry-backoff-max: must not be shorter than --retry-backoff")
-    if not options.secret_file and not options.insecure and not _is_loopback(options.host, parser):
-        parser.error("argument --host: to listen beyond loopback give --secret-file, or --insecure")
+    certificates = _certificates(options, parser)
+    is_trusted = options.secret_file or options.tls_ca or options.insecure
+    if not is_trusted and not _is_loopback(options.host, parser):
+        parser.error("argument --host: to listen beyond loopback give --secret-file, --tls-ca, or --insecure")
     fields = {name: tuple(value) if type(value) is list else value for name, value in vars(options).items()}
+    for flag in ("tls_cert", "tls_key", "tls_ca", "tls_client_auth", "insecure"):
+        del fields[flag]
+    fields["certificates"] = certificates
     fields["secret_file"], fields["secrets"] = options.secret_file or (None, ())
     fields["token_file"], fields["tokens"] = options.token_file or (None, ())
-    del fields["insecure"]
     return Config(**fields)
+
+
+def _certificates(options, parser):
+    """Return the Certificates that a command line names; None if there are none."""
+    if bool(options.tls_cert) != bool(options.tls_key):
+        parser.error("argument --tls-cert: it needs --tls-key, and that needs it")
+    if options.tls_ca and not options.tls_cert:
+        parser.error("argument --tls-ca: it needs --tls-cert and --tls-key")
+    if options.tls_client_auth and not options.tls_ca:
+        parser.error("argument --tls-client-auth: it needs --tls-ca")
+    if not options.tls_cert:
+        return None
+    try:
+        return Certificates(options.tls_cert, options.tls_key, options.tls_ca, bool(options.tls_client_auth))
+    except ValueError as error:
+        parser.error(f"argument --tls-cert: {error}")
 
 
 def _add_flags(parser):
@@ -124,9 +146,13 @@ def _add_flags(parser):
         metavar="FILE",
         help="sign all messages between nodes with the secret in this file; a line each, the first signs",
     )
+    trust("--tls-cert", type=_path, metavar="FILE", help="speak TLS, with the certificate (and its chain) in this file")
+    trust("--tls-key", type=_path, metavar="FILE", help="the key of that certificate")
+    trust("--tls-ca", type=_path, metavar="FILE", help="talk only to peers with a certificate that one of these signed")
+    trust("--tls-client-auth", choices=("required",), help="clients need such a certificate as well")
     trust("--token-file", type=_token_file, metavar="FILE", help="answer only clients that show a token in this file")
     trust("--cluster", type=_text, default="counter", metavar="NAME", help="talk only to nodes of this cluster")
-    trust("--insecure", action="store_true", help="listen beyond loopback without a secret")
+    trust("--insecure", action="store_true", help="listen beyond loopback without a secret or --tls-ca")
     limits = parser.add_argument_group("limits").add_argument
     limits("--max-counters", type=_integer(1, 10**6), default=100_000, metavar="N", help="counters created here")
     limits("--idempotency-window", type=_seconds(0.001), default=3600.0, metavar="S", help="how long keys are kept")

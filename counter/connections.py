@@ -67,6 +67,8 @@ class Connection:
         self._is_paced = False  # an answer goes to a peer in pieces, and may take long while that goes on
         self._is_last = False  # nothing is received after what is sent now
 
+    holds_more = False  # something was received that is not yet taken from the socket
+
     @property
     def busy(self):
         return self.state is ANSWERING
@@ -255,6 +257,8 @@ class Connection:
 
     def _refuse(self, refused, now):
         """Answer what cannot be read any further with the last response."""
+        if refused.detail == http1.SPEAKS_PLAIN:
+            self._poller.complain("TLS came to this port, which speaks plain HTTP: host=%s", self.remote_host())
         exchange = self._intake.exchange or Exchange()
         refused.close, self._waits_for = True, BEFORE
         self._intake.start_anew()
@@ -308,7 +312,7 @@ class Connection:
             self._is_last = True
             raise
         finally:
-            waits = self._intake.exchange is None and self._intake.is_empty
+            waits = self._intake.exchange is None and self._intake.is_empty and not self.holds_more
             is_done = self._outgoing.is_empty and not self._is_last
             is_urgent = not (waits and is_done) or (self.is_peer and self.kind is not PEER)
             self._poller.give_back(self, is_urgent)

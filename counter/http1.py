@@ -36,6 +36,7 @@ _SINGLE = {
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
+SPEAKS_PLAIN = "this port speaks plain HTTP, not TLS; use http://"
 _TLS_HELLO = 0x16  # the first byte of a client that speaks TLS: a record of its handshake
 
 # `path` and `query` are still percent-encoded; `headers` is {lower-case name: value}.
@@ -121,7 +122,7 @@ class RequestReader:
         """Refuse what arrived of a head if the rest cannot make it good."""
         buffer = self._buffer
         if buffer and buffer[0] == _TLS_HELLO:
-            raise Refused(400, "this port speaks plain HTTP, not TLS; use http://", close=True)
+            raise Refused(400, SPEAKS_PLAIN, close=True)
         # Up to 3 bytes of the end of the head, or 1 of the line's, may be among them.
         if len(buffer) > HEAD_MAX + 3 or (len(buffer) > LINE_MAX + 1 and b"\r\n" not in buffer):
             parse_head(buffer)

@@ -53,8 +53,10 @@ class Complaints:
 class Poller:
     """Owns the connections; see above."""
 
-    def __init__(self, api, places, lanes, requests, complain):
+    def __init__(self, api, places, lanes, requests, complain, open_connection=Connection):
+        """`open_connection(sock, poller, now)` returns the Connection that serves a new socket."""
         self.api, self.lanes, self.complain = api, lanes, complain  # lanes: {pace of an action: Lane}
+        self._open_connection = open_connection
         self._places, self._requests = places, requests
         self.tally = requests.open()  # what this thread counts
         self.repeated = {}  # the bytes of a request -> Repeated
@@ -281,7 +283,7 @@ class Poller:
     def _enter(self, sock, now):
         self._entering.release()
         try:
-            connection = Connection(sock, self, now)
+            connection = self._open_connection(sock, self, now)
             self.schedule(connection)
             victim = self._places.enter(connection, now)
             self._connections.add(connection)

@@ -16,12 +16,14 @@ import socket
 import socketserver
 import sys
 import threading
+from functools import partial
 from http.server import ThreadingHTTPServer
 
 from counter import metrics
 from counter.lanes import PEERS, SLOW, WAITS, Lane
 from counter.places import CLIENT, GUEST, PEER, Places, guests_for
 from counter.poller import Complaints, Poller
+from counter.tls import TlsConnection
 
 log = logging.getLogger("counter.serving")
 
@@ -91,7 +93,9 @@ class Server(ThreadingHTTPServer):
     def start(self, api):
         """Serve what `api` answers."""
         places = Places(self._config.max_connections, api.peers_max)
-        self._poller = Poller(api, places, self._lanes, self.requests, self._complain)
+        parts = api, places, self._lanes, self.requests, self._complain
+        certificates = self._config.certificates
+        self._poller = Poller(*parts, partial(TlsConnection, certificates)) if certificates else Poller(*parts)
         for pace in (SLOW, PEERS):
             self._lanes[pace].start()
         self._poller.start()

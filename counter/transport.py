@@ -10,13 +10,14 @@ that: it begins anew with every byte that trickles in.
 
 import math
 import socket
+import ssl
 import time
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection
-from urllib3.connectionpool import HTTPConnectionPool
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from counter.addresses import split_address
 
@@ -42,13 +43,16 @@ class Session:
     later as the exchange gets on.
     """
 
+    scheme = "http"
+
     def __init__(self, address, path):
         self.deadline = math.inf
         self._session = requests.Session()
         self._session.trust_env = False  # no proxy between nodes, whatever the environment says
         self._session.headers = {"Content-Type": "application/json"}
-        self._session.mount("http://", _Adapter(self, *split_address(address)))
-        self._prepared = self._session.prepare_request(requests.Request("POST", f"http://{address}{path}"))
+        url = f"{self.scheme}://{address}{path}"
+        self._session.mount(url, _Adapter(self, *split_address(address)))
+        self._prepared = self._session.prepare_request(requests.Request("POST", url))
 
     def post(self, body, headers, connect_timeout_s):
         """Send a request; return the urllib3 response, its body unread.
@@ -75,8 +79,41 @@ class Session:
             response.close()  # what was not read to its end cannot be followed by another
             response.release_conn()
 
+    def new_pool(self, host, port):
+        """Return what makes its connections."""
+        return _Pool(host, port, maxsize=1)
+
+    def limit(self, sock):
+        """Let the next operation of a socket end by the deadline."""
+        left_s = self.deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("timed out")
+        sock.settimeout(left_s if left_s < math.inf else None)
+
     def close(self):
         self._session.close()
+
+
+class TlsSession(Session):
+    """A Session over TLS.
+
+    `certificates` are those for each new connection; `name_of(address)` is the host that the peer's has to be for.
+    """
+
+    scheme = "https"
+
+    def __init__(self, address, path, certificates, name_of):
+        super().__init__(address, path)
+        self._address, self._certificates, self._name_of = address, certificates, name_of
+
+    def new_pool(self, host, port):
+        return _TlsPool(host, port, maxsize=1)
+
+    def begin(self, connection):
+        """Give a connection what its handshake needs."""
+        context = self._certificates.client
+        context.sslsocket_class = _TlsSocket
+        connection.ssl_context, connection.server_hostname = context, self._name_of(self._address).strip("[]")
 
 
 class _Adapter(HTTPAdapter):
@@ -84,7 +121,7 @@ class _Adapter(HTTPAdapter):
 
     def __init__(self, session, host, port):
         super().__init__(max_retries=QUICK_TRIES, pool_connections=1, pool_maxsize=1)
-        self._pool = _Pool(host.strip("[]"), port, maxsize=1)
+        self._pool = session.new_pool(host.strip("[]"), port)
         self._pool.session = session
 
     def get_connection_with_tls_context(self, request, verify, proxies=None, cert=None):
@@ -109,14 +146,38 @@ class _Connection(HTTPConnection):
         return _Socket(super()._new_conn(), self.session)
 
 
-class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Connection
+class _TlsConnection(HTTPSConnection):
+    default_socket_options = _Connection.default_socket_options
+    session = None
+
+    def _new_conn(self):
+        sock = super()._new_conn()
+        self.session.limit(sock)  # for the handshake
+        return sock
+
+    def connect(self):
+        self.session.begin(self)
+        super().connect()
+        self.sock.owner = self.session
+
+
+class _OfSession:
+    """What makes the connections of a pool known to its session."""
+
     session = None
 
     def _new_conn(self):
         connection = super()._new_conn()
         connection.session = self.session
         return connection
+
+
+class _Pool(_OfSession, HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TlsPool(_OfSession, HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
 
 
 class _Socket(socket.socket):
@@ -127,15 +188,23 @@ class _Socket(socket.socket):
         self._session = session
 
     def recv_into(self, *arguments):
-        self._limit()
+        self._session.limit(self)
         return super().recv_into(*arguments)
 
     def sendall(self, *arguments):
-        self._limit()
+        self._session.limit(self)
         return super().sendall(*arguments)
 
-    def _limit(self):
-        left_s = self._session.deadline - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError("timed out")
-        self.settimeout(left_s if left_s < math.inf else None)
+
+class _TlsSocket(ssl.SSLSocket):
+    """The same over TLS: here a timeout holds for all of an operation, and what is long is sent in several."""
+
+    owner = None  # its session
+
+    def recv_into(self, *arguments):
+        self.owner.limit(self)
+        return super().recv_into(*arguments)
+
+    def send(self, *arguments):
+        self.owner.limit(self)
+        return super().send(*arguments)

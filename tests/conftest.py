@@ -1,6 +1,7 @@
 """What several test files share: nodes as real processes, and waiting for conditions."""
 
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -57,13 +58,17 @@ class Answer:
 
 
 class NodeProcess:
-    """A node as a user starts it, on a free port unless one is given; `limit` is for the shell's ulimit."""
+    """A node as a user starts it, on a free port unless one is given.
 
-    def __init__(self, *arguments, port=0, peers=(), limit=None):
+    `limit` is for the shell's ulimit; `tls` is the ssl.SSLContext with which it is asked, if it speaks TLS.
+    """
+
+    def __init__(self, *arguments, port=0, peers=(), limit=None, tls=None):
         seeds = ["--peers", ",".join(peer.address for peer in peers)] if peers else []
         command = [sys.executable, "counter_server.py", "--port", str(port), *FAST, *seeds, *map(str, arguments)]
         if limit:
             command = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh", *command]
+        self.tls = tls
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.DEVNULL, stderr=self.log)
         try:
@@ -82,7 +87,10 @@ class NodeProcess:
 
     def ask(self, method, path, body=None, headers=None, timeout_s=10):
         """Return the Answer to one request; OSError or HTTPException if there is none."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        kind = http.client.HTTPConnection
+        if self.tls:
+            kind = functools.partial(http.client.HTTPSConnection, context=self.tls)
+        connection = kind("127.0.0.1", self.port, timeout=timeout_s)
         with contextlib.closing(connection):
             connection.request(method, path, body, headers or {})
             return Answer(connection.getresponse())

@@ -125,6 +125,7 @@ def test_every_other_command_is_one_that_works(path, tmp_path):
                 (tmp_path / name).write_text(content)
                 (tmp_path / name).chmod(0o600)
                 arguments = re.sub(rf"(?<=-file ){name}\b", str(tmp_path / name), arguments)
+            arguments = re.sub(r"\b\w+\.(crt|key)\b", lambda file: str(tmp_path / file[0]), arguments)
             parse_arguments(shlex.split(arguments))
         elif script:
             known = run(f"python {script[1]} --help")
