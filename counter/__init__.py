@@ -1,6 +1,6 @@
 """The parts of a counter node, a file per concern; none of them imports from outside this package."""
 
-from counter.histories import TooManyCounters
+from counter.histories import TooManyCounters, WindowEnded
 from counter.ids import (
     AMOUNT_MAX,
     NAME,
@@ -31,6 +31,7 @@ __all__ = [
     "KeyReused",
     "TooManyCounters",
     "TooManyKeys",
+    "WindowEnded",
     "cancelling_replica",
     "increment_id",
     "key_digest",

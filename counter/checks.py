@@ -6,10 +6,11 @@ GrowingDelta takes a delta piece by piece, so that none of it has to be kept in 
 import itertools
 import re
 
-from counter.ids import AMOUNT_MAX, NAME, REPLICA, SEQUENCE_MAX
+from counter.ids import AMOUNT_MAX, REPLICA, SEQUENCE_MAX
 from counter.keys import KeyRecords
 from counter.state import Delta
 from counter.streams import Totals
+from counter.windows import is_counter, is_window
 
 LARGE = 2000  # entries, or keys, of which more are kept as columns
 AGE_MAX_S = 1e9
@@ -45,7 +46,7 @@ class GrowingDelta:
         require(not self._keys or not totals, "an entry after a key")
         entries = [(name, (entry[0], entry[1])) for name, entry in totals.items()]
         for name, (sequence, total) in entries:
-            require(NAME.match(name) and self._names.setdefault(name, name) is name, "a name")
+            require(is_counter(name) and self._names.setdefault(name, name) is name, "a name")
             require(is_int(sequence, self._after + 1, self._through), "a sequence")
             require(is_int(total, -sequence * AMOUNT_MAX, sequence * AMOUNT_MAX), "a total")
             # A sequence counts to one counter, at most so much.
@@ -61,6 +62,8 @@ class GrowingDelta:
         records = []
         for key in keys:
             sequence, digest, name, amount, age_s = key[:5]
+            if name not in self._names and is_window(name):  # it has ended, so its entry is left out
+                self._names[name] = name if is_counter(name) else None
             name = self._names.get(name)
             require(is_int(sequence, self._after + 1, self._through) and _DIGEST.match(digest) and name, "a key")
             require(is_int(amount, -AMOUNT_MAX, AMOUNT_MAX) and amount != 0, "a key's amount")
@@ -75,9 +78,9 @@ class GrowingDelta:
     def finish(self):
         """Return it as a Delta."""
         self._names.clear()
-        # Every sequence touched one counter, and the last one cannot have been overtaken.
+        # Every sequence touched one counter.  The last may be missing: entries of windows that ended are left out.
         sequences = {sequence for _, (sequence, _) in self._totals.items()}
-        require(len(sequences) == len(self._totals) and self._through in sequences, "a delta's entries")
+        require(len(sequences) == len(self._totals), "a delta's entries")
         if type(self._keys) is list:
             self._keys = tuple(self._keys)
             require(all(one[0] < other[0] for one, other in itertools.pairwise(self._keys)), "the order of keys")

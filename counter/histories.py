@@ -13,10 +13,15 @@ from counter.ids import new_replica
 from counter.keys import Use
 from counter.streams import OwnStream, Stream
 from counter.values import Values
+from counter.windows import NEVER, end_of, is_window, listed_name
 
 
 class TooManyCounters(Exception):
     """A new counter would be one more than this node creates."""
+
+
+class WindowEnded(Exception):
+    """The wall clock shows a time in a window that has ended: it was set back."""
 
 
 class Histories:
@@ -32,22 +37,22 @@ class Histories:
         self.own = OwnStream(replica)
         self.streams = {replica: self.own}  # replica -> Stream
         self.applied = {replica: 0}  # replica -> the sequence through which its history is held here
+        self.horizon = NEVER  # no window is held that ended then or before
         self.conflicts = []  # digests of keys with several uses, yet to be settled
 
     def count(self, name, amount, use=None):
         """Count; return (replica, sequence, value).  `use` is (digest, now, renewed dots) of a key that came with it.
 
-        Raises TooManyCounters, and then has changed nothing.
+        Raises TooManyCounters or WindowEnded, and then has changed nothing.
         """
         own, counters, values = self.own, self.counters, self.counters.values
-        number, known, replica = counters.numbers.get(name), len(values), own.replica
-        if number is None and known >= self._counters_max:
-            raise TooManyCounters
+        number, replica, known, free = counters.numbers.get(name), own.replica, len(values), counters.free_left
+        if number is None:
+            self._check_room([name])
         held = self.applied[replica]
         try:
             if number is None:
-                self._create([name])
-                number = known
+                (number,) = self._create([name])
             sequence, total, value = held + 1, own.totals[number] + amount, values[number] + amount
             counted = replica, sequence, value
             if use:
@@ -57,7 +62,7 @@ class Histories:
                 own.begin_log(held)
             own.log.append(number)
         except BaseException:
-            self._undo(own, held, known, known)
+            self._undo(own, held, known, known, free)
             raise
         own.totals[number], own.sequences[number] = total, sequence
         values[number], self.applied[replica] = value, sequence
@@ -67,14 +72,14 @@ class Histories:
         """Count a batch, {name: amount}; return (replica, last sequence, {name: value}).
 
         `uses` are of keys that came with each of its items, as for count(), or there are none.
-        Raises TooManyCounters, and then has changed nothing.
+        Raises TooManyCounters or WindowEnded, and then has changed nothing.
         """
         own, counters, values = self.own, self.counters, self.counters.values
-        replica, known = own.replica, len(values)
+        replica, known, free = own.replica, len(values), counters.free_left
         held = self.applied[replica]
         new = [name for name in amounts if name not in counters.numbers]
-        if new and known + len(new) > self._counters_max:
-            raise TooManyCounters
+        if new:
+            self._check_room(new)
         try:
             self._create(new)
             numbers = list(map(counters.numbers.__getitem__, amounts))
@@ -92,38 +97,45 @@ class Histories:
                 own.begin_log(held)
             own.log.extend(array("I", numbers))
         except BaseException:
-            self._undo(own, held, known, known)
+            self._undo(own, held, known, known, free)
             raise
         any(changes)
         self.applied[replica] = counted[1]
         return counted
 
+    def _check_room(self, names):
+        """Raise an exception unless new counters with these names may be counted here."""
+        if any(end_of(name) <= self.horizon for name in names):
+            raise WindowEnded
+        new = {listed_name(name) for name in names if self.counters.is_new(name)}
+        if new and len(self.counters) + len(new) > self._counters_max:
+            raise TooManyCounters
+
     def _create(self, names):
         """Return the numbers of new counters."""
-        length = len(self.counters)
-        numbers = range(length, length + len(names))
+        counters, length, free = self.counters, len(self.counters.values), self.counters.free_left
         try:
-            self.counters.create(names)
-            self.own.extend(numbers)
+            numbers = counters.create(names)
+            self.own.extend(range(length, len(counters.values)))
         except BaseException:
             self.own.truncate(length)
-            self.counters.truncate(length)
+            counters.truncate(length, free)
             raise
         return numbers
 
-    def _undo(self, stream, held, rows, counters):
+    def _undo(self, stream, held, rows, counters, free):
         """Take back what was prepared: rows of a stream, uses of keys after `held`, and new counters."""
         self._keys.drop_after(stream.replica, held)
         stream.truncate(rows)
         self.own.truncate(counters)
-        self.counters.truncate(counters)
+        self.counters.truncate(counters, free)
 
     def take(self, delta, now):
         """Take over a delta of another replica that begins within what is held, and ends beyond it."""
         replica, _, through, totals, keys, _ = delta
         held = self.applied.get(replica, 0)
         stream = self.streams.get(replica) or Stream(replica)
-        length, counters = len(stream), len(self.counters)
+        length, counters, free = len(stream), len(self.counters.values), self.counters.free_left
         try:
             rows, sequences, sums, numbers, values = self._prepare(stream, held, totals)
             changes = _changes(
@@ -139,7 +151,7 @@ class Histories:
             if not held:
                 self.streams.pop(replica, None)
                 self.applied.pop(replica, None)
-            self._undo(stream, held, length, counters)
+            self._undo(stream, held, length, counters, free)
             raise
         any(changes)
         self.applied[replica], self.conflicts = through, conflicts
@@ -153,7 +165,11 @@ class Histories:
         sums = [entry[1] for _, entry in totals.items() if entry[0] > held]
         numbers = list(map(self.counters.numbers.get, names))
         if None in numbers:
-            created = iter(self._create([name for name in names if name not in self.counters.numbers]))
+            new = [name for name in names if name not in self.counters.numbers]
+            if ended := {name for name in new if is_window(name) and end_of(name) <= self.horizon}:
+                new = {name: entry for name, entry in totals.items() if entry[0] > held and name not in ended}
+                return self._prepare(stream, held, new)
+            created = iter(self._create(new))
             numbers = [next(created) if number is None else number for number in numbers]
         rows = stream.rows(numbers)
         stream.make_room(sums)
@@ -165,17 +181,48 @@ class Histories:
         used_before = []
         for sequence, digest, name, amount, age_s, *renews in sorted(keys) if isinstance(keys, (tuple, list)) else keys:
             if sequence > held:
-                number, renews = self.counters.numbers[name], renews[0] if renews else ()
+                number, renews = self.counters.number_of_key(name), renews[0] if renews else ()
+                if number is None:  # the window it counted in has ended
+                    (number,) = self._create([name])
+                    self.counters.retire(number)
                 use = Use(replica, sequence, int(digest, 16), number, amount, now - age_s, renews)
                 if self._keys.add(use):
                     used_before.append(use.digest)
         return used_before
 
+    def end_windows(self, horizon, limit):
+        """Take out up to `limit` windows that have ended; return a set of their numbers, or None if all are out.
+
+        Their entries are to be cleared from every stream, and the numbers to be freed then.
+        """
+        numbers, reached = self.counters.end(horizon, limit)
+        self.horizon = max(self.horizon, reached)
+        return None if reached >= horizon and not numbers else numbers
+
+    def clear(self, replica, numbers):
+        """Clear the entries of windows that have ended from the history of a replica, if it is held."""
+        if replica in self.streams:
+            self.streams[replica].clear(numbers, self.applied[replica])
+
+    def free(self, numbers):
+        """Free the numbers of counters whose entries are cleared, but for those that keys still refer to."""
+        self.own.clear(numbers, self.applied[self.own.replica])
+        self.counters.free([number for number in numbers if not self._keys.refers_to(number)])
+        for number in filter(self._keys.refers_to, numbers):
+            self.counters.retire(number)
+
+    def free_forgotten(self):
+        """Free the numbers of windows that have ended and that no key refers to any more."""
+        forgotten, retired = self._keys.unreferenced, self.counters.retired
+        if retired and forgotten:
+            self.counters.free([n for n in set(forgotten) if n in retired and not self._keys.refers_to(n)])
+        forgotten.clear()
+
     def renew(self):
         """Go on under a new replica id; what was counted so far is then the past of another replica."""
         replica, new = self.own.replica, OwnStream(new_replica())
         given_up = self.own.given_up(self.applied[replica])
-        new.extend(range(len(self.counters)))
+        new.extend(range(len(self.counters.values)))
         self.applied[new.replica] = 0
         self.streams[new.replica] = new
         self.streams[replica], self.own = given_up, new

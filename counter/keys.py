@@ -174,12 +174,18 @@ class KeyTable:
         self._by_number = []  # _Log, or None where the number is free
         # Of a digest the use that was learnt of last, and of a use the one of the same key before: packed dots.
         self._latest, self._previous = {}, {}
+        self._references = {}  # number of a counter -> how many uses are of it
+        self.unreferenced = []  # numbers of counters whose last use was forgotten; emptied by the caller
         self._oldest = float("inf")  # no use that is remembered was accepted before
         self._kept, self._kept_until = {}, float("-inf")  # what keep() said, replica -> sequence, and until when
 
     def __len__(self):
         """Return how many keys are remembered."""
         return len(self._latest)
+
+    def refers_to(self, counter):
+        """Return whether a use of a key is remembered that was of the counter with that number."""
+        return self._references.get(counter, 0) > 0
 
     def uses(self, digest):
         """Return the uses of a key that are remembered, a list of Use."""
@@ -228,10 +234,13 @@ class KeyTable:
             return True  # there was no memory to forget it again, as there was none for the rest of its delta
         try:
             dot = sequence << _NUMBER_BITS | log.number
+            references = self._references.get(counter, 0) + 1
             log.append(sequence, digest, counter, amount, at, renews)
             if before is not None:
                 self._previous[dot] = before
+            self._references.setdefault(counter, 0)
             self._latest[digest] = dot
+            self._references[counter] = references
             if at < self._oldest:
                 self._oldest = at
         except BaseException:
@@ -248,7 +257,9 @@ class KeyTable:
         """Undo the adding of all uses by a replica after a sequence."""
         log = self._logs.get(replica)
         while log and log.sequences[-1] > sequence:
-            self._unlink(log.row(len(log) - 1)[1], log.pack(log.sequences[-1]))
+            _, digest, counter, *_ = log.row(len(log) - 1)
+            self._unlink(digest, log.pack(log.sequences[-1]))
+            self._references[counter] -= 1
             log.renews.pop(log.sequences[-1], None)
             log.truncate(len(log) - 1)
             if log.first == len(log):
@@ -285,8 +296,13 @@ class KeyTable:
             self._previous[later] = before
 
     def _forget_first(self, log):
-        sequence, digest, *_ = log.row(log.first)
+        sequence, digest, counter, *_ = log.row(log.first)
+        if self._references[counter] == 1:
+            self.unreferenced.append(counter)
         self._unlink(digest, log.pack(sequence))
+        self._references[counter] -= 1
+        if not self._references[counter]:
+            del self._references[counter]
         log.renews.pop(sequence, None)
         log.first += 1
         if log.first == len(log):

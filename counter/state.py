@@ -1,9 +1,10 @@
 """The replicated counter: what a node counts, and how it takes over what others counted.
 
-Pure: no socket, no thread, no clock.  Every replica (one life of one process) numbers the
-increments it accepts 1, 2, 3, …, and this holds: **of every replica a node holds an exact prefix of
-its history.**  Whether an increment was seen before is one comparison with the length of that
-prefix, so what a node remembers does not grow with the number of increments.
+Pure: no socket, no thread; of clocks only the wall's, which tells the window to count in.  Every
+replica (one life of one process) numbers the increments it accepts 1, 2, 3, …, and this holds: **of
+every replica a node holds an exact prefix of its history.**  Whether an increment was seen before is
+one comparison with the length of that prefix, so what a node remembers does not grow with the number
+of increments.
 
 Idempotency keys are remembered for a while, and travel with the increments they came with.  If two
 partitioned nodes accept the same key, it is counted twice until some node holds both dots.  That
@@ -16,6 +17,7 @@ causal condition on merging them.
 """
 
 import threading
+import time
 from collections import namedtuple
 from contextlib import suppress
 from functools import partial
@@ -26,12 +28,15 @@ from counter.histories import Histories
 from counter.ids import cancelling_replica
 from counter.keys import PIECE, KeyTable, SentKeys
 from counter.waiting import Waiters
+from counter.windows import Horizon, canonical, is_series, is_window, parse_series, present_window
 
 # What `Counter.merge` found a delta to be.
 APPLIED = "applied"  # some of it was new, and all of it holds now
 HELD = "held"  # all of it was held already
 GAP = "gap"  # it begins after the end of what is held
 NEEDS = "needs"  # it cancels increments that are not both held
+
+ENDED_AT_ONCE = 1000  # windows; or the lock would be held for long when many end
 
 # What `replica` did after sequence `after`, as of sequence `through`.
 #   totals: {name: (sequence, total)}, the entries touched since `after`
@@ -52,7 +57,7 @@ class Counter:
     When memory runs out a call raises MemoryError and has changed nothing.
     """
 
-    def __init__(self, replica, counters_max=100_000, keys_max=1_000_000, key_window_s=3600.0):
+    def __init__(self, replica, counters_max=100_000, keys_max=1_000_000, key_window_s=3600.0, wall=time.time):
         # Guards everything below.  Held for work in memory only: no I/O, no call out of this
         # package, so it is never held together with another lock.
         self._lock = threading.Lock()
@@ -63,6 +68,8 @@ class Counter:
         self._cancelled = {}  # replica of each cancellation -> 1
         self._vector = None  # the vector last handed out; None once out of date
         self._waiters = Waiters(self._lock)
+        self._wall = wall
+        self._horizon = Horizon()  # used by one thread, the one that calls expire()
 
     @property
     def replica(self):
@@ -78,8 +85,10 @@ class Counter:
     def increment(self, name, amount=1):
         """Count `amount`, any integer but 0; return (replica, sequence, value of the counter).
 
-        Raises TooManyCounters, and then has changed nothing.
+        Raises TooManyCounters or WindowEnded, and then has changed nothing.
         """
+        if is_series(name):
+            name = present_window(name, self._wall())
         with self._lock:
             counted = self._histories.count(name, amount)
             self._vector = None
@@ -91,17 +100,18 @@ class Counter:
         """Count `amount` unless it was counted under the same key, a string, before.
 
         Returns (replica, sequence, value, replayed) with the first dot of that key, as far as
-        known here.  Raises KeyReused, TooManyKeys, TooManyCounters, and then has changed nothing.
+        known here.  Raises KeyReused, TooManyKeys, TooManyCounters, WindowEnded, and then has changed nothing.
         """
+        name, window = canonical(name), present_window(name, self._wall())
         (digest,) = batches.key_digests(key, [name])
         with self._lock:
             self._keys.forget(now)
             first, renews = self._keys.known(digest, now)
             if first:
                 dot = batches.repeated(key, {name: amount}, [first], self._keys, self._counters)
-                return *dot, self._counters.get(name), True
+                return *dot, self._counters.get(window), True
             self._keys.make_room(now)
-            counted = self._histories.count(name, amount, (digest, now, renews))
+            counted = self._histories.count(window, amount, (digest, now, renews))
             self._changed_locked(counted[0], counted[1])
             return *counted, False
 
@@ -109,33 +119,43 @@ class Counter:
         """Count a batch, {name: amount}, all of it or nothing; return (replica, sequence, {name: value}).
 
         Its increments have consecutive sequences, in the order given; the last one is returned.  No node
-        ever holds a part of them.  Raises TooManyCounters, and then has changed nothing.
+        ever holds a part of them.  No two names may be spellings of one series.
+        Raises TooManyCounters or WindowEnded, and then has changed nothing.
         """
+        windows = self._windows(amounts)
         with self._lock:
-            counted = self._histories.count_many(amounts)
-            self._changed_locked(counted[0], counted[1])
-            return counted
+            replica, sequence, counts = self._histories.count_many(windows)
+            self._changed_locked(replica, sequence)
+        return replica, sequence, counts if windows is amounts else dict(zip(amounts, counts.values(), strict=True))
 
     def increment_many_once(self, key, amounts, now):
         """Count a batch unless it was counted under the same key, a string, before.
 
         Returns (replica, sequence, {name: value}, replayed) with the last dot of the first batch under
-        that key, as far as known here.  Raises KeyReused, TooManyKeys, TooManyCounters, and then has
-        changed nothing.
+        that key, as far as known here.  Raises KeyReused, TooManyKeys, TooManyCounters, WindowEnded, and
+        then has changed nothing.
         """
-        digests = batches.key_digests(key, amounts)
+        windows, items = self._windows(amounts), {canonical(name): amount for name, amount in amounts.items()}
+        digests = batches.key_digests(key, items)
         with self._lock:
             self._keys.forget(now)
             known = [self._keys.known(digest, now) for digest in digests]
             firsts = [first for first, _ in known]
             if any(firsts):
-                dot = batches.repeated(key, amounts, firsts, self._keys, self._counters)
-                return *dot, {name: self._counters.get(name) for name in amounts}, True
+                dot = batches.repeated(key, items, firsts, self._keys, self._counters)
+                return *dot, dict(zip(amounts, map(self._counters.get, windows), strict=True)), True
             self._keys.make_room(now, len(digests))
             uses = [(digest, now, renews) for digest, (_, renews) in zip(digests, known, strict=True)]
-            counted = self._histories.count_many(amounts, uses)
-            self._changed_locked(counted[0], counted[1])
-            return *counted, False
+            replica, sequence, counts = self._histories.count_many(windows, uses)
+            self._changed_locked(replica, sequence)
+        return replica, sequence, dict(zip(amounts, counts.values(), strict=True)), False
+
+    def _windows(self, amounts):
+        """Return a batch with the present windows in place of series."""
+        if not any(map(is_series, amounts)):
+            return amounts
+        time = self._wall()
+        return {present_window(name, time): amount for name, amount in amounts.items()}
 
     def _changed_locked(self, replica, through):
         """Take note that the history of a replica is now held through a sequence."""
@@ -143,15 +163,43 @@ class Counter:
         if self._waiters:
             self._waiters.reached_locked(replica, through)
 
-    # Idempotency keys.
+    # What goes by itself.
 
     def expire(self, now):
-        """Forget the idempotency keys whose time has passed."""
+        """Forget the idempotency keys whose time has passed, and drop the windows that have ended."""
         more = True
         while more:
             with self._lock:  # anew each time, as they may be many
                 self._settle_locked()
                 more = self._keys.forget(now)
+                self._histories.free_forgotten()
+        self.end_windows(self._horizon.look(now, self._wall()))
+
+    def end_windows(self, horizon):
+        """Drop all windows that have ended at a time, in seconds since 1970, and take none of them from now on."""
+        while True:
+            with self._lock:  # anew for some windows and for each replica, as they may be many
+                numbers = self._histories.end_windows(horizon, ENDED_AT_ONCE)
+                if numbers:
+                    self._cancellations.end(numbers)
+                streams = dict(self._histories.streams)
+            if numbers is None:
+                return
+            for replica in streams:
+                with self._lock:
+                    self._histories.clear(replica, numbers)
+            with self._lock:
+                for replica, stream in self._histories.streams.items():
+                    if streams.get(replica) is not stream:  # it is new
+                        self._histories.clear(replica, numbers)
+                self._histories.free(numbers)
+
+    @property
+    def horizon(self):
+        """The time, in seconds since 1970, up to which windows have ended here."""
+        return self._histories.horizon
+
+    # Idempotency keys.
 
     def keys_were_loaded(self, now):
         """Keep every key for a whole window from now on, however old it is.
@@ -175,39 +223,60 @@ class Counter:
         """Cancel the second of two dots, which counted `amount`, unless that was done."""
         if replica in self._cancelled:
             return
-        value = self._counters.values[number] - amount
-        self._cancellations.add(*dots, number, amount)
+        is_held = number is not None and self._counters.is_held(number)  # else it is a window that has ended
+        value = self._counters.values[number] - amount if is_held else None
+        self._cancellations.add(*dots, number if is_held else None, amount)
         try:
             self._cancelled[replica] = 1
         except BaseException:
             self._cancellations.drop_last()
             raise
-        self._counters.values[number] = value
+        if is_held:
+            self._counters.values[number] = value
         self._changed_locked(replica, 1)
 
     # Reading.
 
     def value(self, name):
-        """Return the value of a counter; one never incremented is 0."""
-        return self._counters.get(name)
+        """Return the value of a counter, of a series that of its present window; one never incremented is 0."""
+        return self._counters.get(present_window(name, self._wall()))
+
+    def windows(self, name, last):
+        """Return the last so many windows of a series, the present one included: [(start, value)], oldest first.
+
+        A start is in seconds since 1970.
+        """
+        series = parse_series(name)
+        present = series.index_at(self._wall())
+        indexes = range(max(0, present + 1 - last), present + 1)
+        names = [series.window(index) for index in indexes]
+        with self._lock:
+            values = list(map(self._counters.get, names))
+        return [(index * series.width_s, value) for index, value in zip(indexes, values, strict=True)]
 
     def list(self, prefix, start, limit):
         """Return the counters whose names begin with `prefix`, from the name `start` on, at most `limit`.
 
-        They come as ({name: value}, next), by name; `next` is where the next page starts, or None.
+        They come as ({name: value}, next), by name; `next` is where the next page starts, or None.  A
+        series has the value of its present window.
         """
-        return self._counters.list(prefix, start, limit, self._lock)
+        return self._counters.list(prefix, start, limit, self._wall(), self._lock)
 
     def largest(self, prefix, limit):
         """Return the counters with the largest values whose names begin with `prefix`, at most `limit`.
 
         They come as {name: value}, the largest first; equal ones by name.
         """
-        return self._counters.largest(prefix, limit, self._lock)
+        return self._counters.largest(prefix, limit, self._wall(), self._lock)
 
     def sizes(self):
-        """Return how many counters and how many idempotency keys this node knows."""
+        """Return how many counters and how many idempotency keys this node knows; of a series all windows are one."""
         return len(self._counters), len(self._keys)
+
+    @property
+    def held_windows(self):
+        """How many windows of windowed counters this node holds."""
+        return self._counters.windows
 
     def holds(self, replica, sequence):
         """Return whether this dot has been applied here."""
@@ -279,7 +348,8 @@ class Counter:
         """Return a Delta with its keys as SentKeys, which are read without the lock."""
         if replica in self._cancelled:
             *dots, number, amount = self._cancellations.get(replica)
-            return Delta(replica, after, 1, {self._counters.names[number]: (1, -amount)}, (), tuple(dots))
+            totals = {} if number is None else {self._counters.names[number]: (1, -amount)}
+            return Delta(replica, after, 1, totals, (), tuple(dots))
         through, uses = self._applied[replica], self._keys.number(replica, after)
         keys = (
             SentKeys(partial(self._copy_uses, replica), after, through, uses, self._counters.names, now) if uses else ()
@@ -317,11 +387,15 @@ class Counter:
             return HELD
         # A cancellation must not be applied before both increments it refers to.  What is none, though
         # it says so, never is.
-        is_one = through == len(totals) == 1 and len(dots) == 2 and replica == cancelling_replica(dots[1])
-        name = next(iter(totals))
-        if not is_one or name not in self._counters.numbers or not (self.holds(*dots[0]) and self.holds(*dots[1])):
+        is_one = through == 1 >= len(totals) and len(dots) == 2 and replica == cancelling_replica(dots[1])
+        if not is_one or not (self.holds(*dots[0]) and self.holds(*dots[1])):
             return NEEDS
-        self._cancel_locked(replica, dots, self._counters.numbers[name], -totals[name][1])
+        # Without a name it is one of a window that has ended; if it is not held, it has ended here.
+        name, (_, amount) = next(iter(totals.items()), ("/", (1, 0)))
+        number = self._counters.numbers.get(name)
+        if number is None and not is_window(name):
+            return NEEDS
+        self._cancel_locked(replica, dots, number, -amount)
         return APPLIED
 
     # The own id.

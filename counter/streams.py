@@ -6,6 +6,7 @@ An entry takes 20 bytes, or 32 where it is looked up; as a tuple in a dictionary
 
 from array import array
 from collections.abc import Mapping
+from itertools import compress
 
 SMALL = 32  # rows that are searched one by one; of more there is an index
 LARGE = 2000  # rows copied as columns, not as a dictionary: what holds the lock is a memcpy then
@@ -60,7 +61,7 @@ class Totals(Mapping):
     def __init__(self):
         self._names, self._numbers = [], None  # of each row the name, or with numbers, of each number
         self._sequences, self._totals = array("Q"), array("q")
-        self._after, self._length = 0, None  # only rows with a greater sequence count, so many
+        self._after, self._length = None, None  # only rows with a greater sequence count (None: all), so many
 
     @classmethod
     def cut(cls, names, numbers, sequences, totals, after):
@@ -86,7 +87,7 @@ class Totals(Mapping):
         if self._numbers is not None:
             names = map(names.__getitem__, self._numbers)
         rows = zip(names, zip(self._sequences, self._totals))  # noqa: B905 - names may have grown since
-        return (entry for entry in rows if entry[1][0] > after) if after else rows
+        return rows if after is None else (entry for entry in rows if entry[1][0] > after)
 
     def values(self):
         """Return an iterator over pairs (sequence, total)."""
@@ -97,7 +98,8 @@ class Totals(Mapping):
 
     def __len__(self):
         if self._length is None:
-            self._length = sum(1 for sequence in self._sequences if sequence > self._after)
+            after = self._after or 0
+            self._length = sum(1 for sequence in self._sequences if sequence > after)
         return self._length
 
     def __getitem__(self, wanted):
@@ -110,7 +112,8 @@ class Totals(Mapping):
 class Stream:
     """The history of a replica as far as it is held: of each counter it touched the latest entry.
 
-    Rows never move.  One with sequence 0 holds nothing: room was made for it, and not used.
+    Rows never move, but for _compact().  One with sequence 0 holds nothing: room was made for it, and not
+    used, or it was cleared.
     """
 
     __slots__ = ("_before", "_index", "_log_after", "log", "log_max", "numbers", "replica", "sequences", "totals")
@@ -182,6 +185,23 @@ class Stream:
             self.begin_log(held)
         self.log.extend(array("I", [row for _, row in sorted(zip(sequences, rows, strict=True))]))
 
+    def clear(self, numbers, through):
+        """Clear the rows of some counters, a set, given the sequence through which the history is held."""
+        if numbers.isdisjoint(self.numbers):
+            return
+        for row in [row for row, number in enumerate(self.numbers) if number in numbers]:
+            self.sequences[row] = self.totals[row] = 0
+        if 2 * self.sequences.count(0) > len(self) > SMALL:
+            self._compact(through)
+
+    def _compact(self, through):
+        """Leave out the rows that hold nothing."""
+        numbers, totals = (compress(column, self.sequences) for column in (self.numbers, self.totals))
+        numbers, totals = array("I", numbers), (array("q", totals) if type(self.totals) is array else list(totals))
+        sequences = array("Q", filter(None, self.sequences))
+        self.numbers, self.sequences, self.totals, self._index = numbers, sequences, totals, None
+        self._skip_log(through)
+
     def _skip_log(self, through):
         self.log, self._log_after, self._before = array("I"), through, (through, ())
 
@@ -190,9 +210,11 @@ class Stream:
         rows, logs = {}, [(self._log_after, self.log), self._before]
         for log_after, log in logs:
             for row in reversed(log):
-                if self.sequences[row] <= after:
+                sequence = self.sequences[row]
+                if 0 < sequence <= after:
                     return rows  # and so it is with all that were touched before
-                rows[row] = None
+                if sequence:  # else it was cleared since
+                    rows[row] = None
             if log_after <= after:
                 return rows
         return None
@@ -221,6 +243,10 @@ class OwnStream(Stream):
 
     def rows(self, numbers):
         return numbers
+
+    def clear(self, numbers, through):
+        for row in numbers:
+            self.sequences[row] = self.totals[row] = 0
 
     def given_up(self, through):
         """Return the same history, held through a sequence, as that of a replica that does not count here."""

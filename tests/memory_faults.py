@@ -16,17 +16,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from counter import Counter, Delta, cancelling_replica, key_digest
+from counter.windows import is_window, present_window
 
 A, B, C, D = (f"{letter * 8}-{letter * 4}-8{letter * 3}" for letter in "abcd")
-AFTER_ALL_S = 1.0
+AFTER_ALL_S, WALL = 1.0, 500 * 3600.0  # WALL: seconds since 1970
 
 
 def new():
     """Return a counter with something of everything in it."""
-    counter = Counter(B, key_window_s=60)
+    counter = Counter(B, key_window_s=60, wall=lambda: WALL)
     for number in range(40):
         counter.increment(f"n{number}")
     counter.increment_once("mine", "x", 5, 0)
+    for number in range(3):
+        counter.increment(f"w{number}@1h")
+    old = {f"w{number}@1h:60/{number % 3}": (number + 1, 1) for number in range(9)}
+    counter.merge(Delta(C, 0, 9, old), 0)
+    counter.end_windows(61 * 3600)  # which those of number 0 have, so some counters to come get their numbers
     counter.merge(Delta(A, 0, 40, {f"a{number}": (number + 1, 2**40) for number in range(40)}), 0)
     return counter
 
@@ -59,6 +65,13 @@ OPERATIONS = {
     "a total exceeds 64 bits": lambda counter: counter.merge(Delta(A, 40, 41, {"a1": (41, 2**70)}), 1),
     "a key was taken twice": merging(A, 40, ["x"], (41, "mine", "x", 5)),
     "a dot was cancelled elsewhere": cancelling,
+    "a window is new": lambda counter: counter.increment("new@1h"),
+    "a window and its key are new": lambda counter: counter.increment_once("k", "new@1h", 5, 0),
+    "a batch has windows": lambda counter: counter.increment_many_once("k", {"new@1h": 1, "w1@1h": 2, "newer": 3}, 0),
+    "a window comes from a peer": merging(A, 40, [f"c{number}@1h:60/9" for number in range(4)]),
+    "a window that ended comes from a peer": merging(
+        A, 40, ["c@1h:60/0", "new", "d@1h:60/0"], (41, "k", "c@1h:60/0", 1)
+    ),
     "keys are forgotten": lambda counter: counter.expire(1000),
 }
 
@@ -67,19 +80,24 @@ def snapshot(counter):
     """Return all that others can see of a counter, and assert that it fits together."""
     counter.expire(AFTER_ALL_S)  # and settle what could not be settled
     held = {delta.replica: delta for delta in counter.deltas({}, float("inf"), AFTER_ALL_S)}
-    sums = Tally()
+    totals = Tally()
     for delta in held.values():
         for name, (_, total) in delta.totals.items():
-            sums[name] += total
+            totals[name] += total
     values, _ = counter.list("", "", 10**6)
-    assert values == dict(sums), "values are not the sums of the entries"
+    plain = {name: count for name, count in totals.items() if not is_window(name)}
+    assert {name: count for name, count in values.items() if "@" not in name} == plain, "values are not the sums"
+    windows = {name: counter.windows(name, 2) for name in values if "@" in name}
+    for name, counts in windows.items():
+        for start, count in counts:
+            assert count == totals[present_window(name, start)], name
     assert counter.vector() == {replica: delta.through for replica, delta in held.items()}
     for replica, delta in held.items():
-        assert delta.through == max(sequence for sequence, _ in delta.totals.values())
+        assert delta.through >= max((sequence for sequence, _ in delta.totals.values()), default=0)
         for after in range(0, delta.through, 7):
             late = {name: entry for name, entry in delta.totals.items() if entry[0] > after}
             assert counter.delta(replica, after, AFTER_ALL_S).totals == late
-    return held, values, counter.sizes()
+    return held, values, windows, counter.sizes(), counter.held_windows
 
 
 def attempt(operation, place, before, after):

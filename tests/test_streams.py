@@ -4,9 +4,10 @@ import random
 
 import pytest
 
+from counter import Counter, Delta
 from counter.streams import LARGE, SMALL, Index, OwnStream, Stream, Totals
 
-A = "aaaaaaaa-aaaa-8aaa"
+A, B = "aaaaaaaa-aaaa-8aaa", "bbbbbbbb-bbbb-8bbb"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -91,3 +92,14 @@ def test_a_replica_that_is_given_up_keeps_its_history():
     assert stream.rows([30, 7]) == [1, 0]
     put(stream, {8: (4, 1)}, 4)
     assert stream.cut(3, names) == {"n8": (4, 1)}
+
+
+def test_a_delta_has_no_entries_of_counters_that_its_replica_did_not_touch():
+    """Also where they are so many that they are cut as columns, from the very beginning."""
+    counter = Counter(A)
+    counter.merge(Delta(B, 0, 3000, {f"n{number}": (number + 1, 1) for number in range(3000)}), 0)
+    for number in range(10_000):
+        counter.increment(f"n{number % 2000}")
+    totals = counter.delta(A, 0, 0).totals
+    assert len(totals) == 2000
+    assert {name: total for name, (_, total) in totals.items()} == {f"n{number}": 5 for number in range(2000)}
