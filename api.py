@@ -7,6 +7,7 @@ Routes use the parts of a node and know nothing of sockets.  They run in the thr
 connections, so they only check; the pace of the action decides which thread runs that.
 """
 
+import json
 import math
 import re
 import time
@@ -15,6 +16,7 @@ from counter import (
     KeyReused,
     TooManyCounters,
     TooManyKeys,
+    WindowEnded,
     auth,
     http1,
     increment_id,
@@ -27,11 +29,14 @@ from counter.lanes import PEERS, QUICK, SLOW, WAITS
 from counter.parameters import BY_NAME, BY_VALUE
 from counter.routing import Router, action, refusing, with_headers
 from counter.signing import HEADER, PATH
+from counter.windows import is_series, parse_series, rfc3339
 
 BODY_MAX = 64 * 1024  # bytes of a public request's body
+WINDOWS_QUICK = 100  # of which the counts are answered in a fraction of a millisecond
 BATCH_QUICK = 4096  # bytes of a batch that takes a fraction of a millisecond: some hundred names
 CONDITIONS = ("acks", "durable", "timeout")  # parameters: where an increment is to be before the answer
 RETRY_AFTER_MAX_S = 60
+NOT_COUNTED = (TooManyCounters, TooManyKeys, KeyReused, WindowEnded)
 SHOWN_MAX = 5  # addresses in a refusal
 # A peer needs one connection; a second one while it replaces that.  The others are for peers to come.
 CONNECTIONS_PER_PEER, PEERS_SPARE = 2, 16
@@ -138,7 +143,7 @@ class Api:
                 else:
                     self._refuse_if_old(key)
                     replica, sequence, count, replayed = counter.increment_once(key, name, by, time.monotonic())
-            except (TooManyCounters, TooManyKeys, KeyReused) as error:
+            except NOT_COUNTED as error:
                 raise _not_counted(error) from None
             replicator.wake()
             fields = f'"id": "{increment_id(replica, sequence)}", "name": "{name}", "count": {count}'
@@ -161,7 +166,7 @@ class Api:
                 else:
                     self._refuse_if_old(key)
                     replica, sequence, counts, replayed = counter.increment_many_once(key, amounts, time.monotonic())
-            except (TooManyCounters, TooManyKeys, KeyReused) as error:
+            except NOT_COUNTED as error:
                 raise _not_counted(error) from None
             replicator.wake()
             # Names need no escapes, and json.dumps would take twice as long.
@@ -219,29 +224,29 @@ class Api:
 
     def _count(self, head, name="default"):
         name = parameters.name(name)
-        query = http1.parse_query(head.query, ("after", "fresh", "timeout"))
+        query = http1.parse_query(head.query, ("after", "fresh", "last", "timeout"))
         dot = parameters.dot(query["after"]) if "after" in query else None
         fresh = parameters.fresh(query.get("fresh", "false"))
         timeout_s = parameters.timeout_s(query, "after", "fresh")
-        counter = self._counter
+        counter, last = self._counter, parameters.last(query, name)
         if fresh:
             if dot:
                 raise Refused(
                     400, "send after or fresh, not both: a fresh read includes all that was counted before it"
                 )
-            return self._count_fresh(name, fresh == parameters.ACTIVE, timeout_s)
+            return self._count_fresh(name, last, fresh == parameters.ACTIVE, timeout_s)
 
-        @action(QUICK if dot is None else WAITS)
+        @action(WAITS if dot else QUICK if (last or 1) <= WINDOWS_QUICK else SLOW)
         def count(_body, _connection):
             if dot and not counter.wait_until_held(*dot, timeout_s):
                 if self._server.stopping:
                     raise unavailable(STOPPING)
                 raise Refused(504, "that increment has not arrived here within the timeout; try again")
-            return http1.ok(f'{{"name": "{name}", "count": {counter.value(name)}}}\n')
+            return http1.ok(f"{{{_standing(counter, name, last)}}}\n")
 
         return count
 
-    def _count_fresh(self, name, without_lost, timeout_s):
+    def _count_fresh(self, name, last, without_lost, timeout_s):
         @action(WAITS)
         def count(_body, _connection):
             if not self._table.is_ready:
@@ -249,7 +254,7 @@ class Api:
             read = self._gossip.freshness.wait(timeout_s, time.monotonic, without_lost)
             if not read.fresh:
                 raise unavailable(STOPPING) if self._server.stopping else _not_fresh(read)
-            return http1.ok(f'{{"name": "{name}", "count": {self._counter.value(name)}, "nodes": {read.nodes}}}\n')
+            return http1.ok(f'{{{_standing(self._counter, name, last)}, "nodes": {read.nodes}}}\n')
 
         return count
 
@@ -299,6 +304,18 @@ class Api:
         return receive
 
 
+def _standing(counter, name, last):
+    """Return the fields that say what a counter stands at; of a windowed one also the `last` windows, unless None."""
+    if not is_series(name):
+        return f'"name": "{name}", "count": {counter.value(name)}'
+    windows = [(rfc3339(start), count) for start, count in counter.windows(name, last or 1)]
+    start, count = windows[-1]
+    fields = {"name": name, "count": count, "window": {"start": start, "seconds": parse_series(name).width_s}}
+    if last:
+        fields |= {"total": sum(count for _, count in windows), "windows": windows}
+    return json.dumps(fields)[1:-1]
+
+
 def _not_fresh(read):
     """Return the Refused that tells a client why a read is not fresh."""
     if read.lost:
@@ -317,6 +334,8 @@ def _not_counted(error):
     """Return the Refused that tells a client why its increment was not counted."""
     if isinstance(error, TooManyCounters):
         return Refused(507, "this node has --max-counters counters; increment one that exists")
+    if isinstance(error, WindowEnded):
+        return Refused(503, "the clock of this node was set back, to windows that have ended here; ask another node")
     if isinstance(error, TooManyKeys):
         # The next key may be forgotten in an hour only, but clients obey, and another node may have room.
         retry_after = [("Retry-After", str(min(RETRY_AFTER_MAX_S, math.ceil(error.args[0]))))]

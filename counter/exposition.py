@@ -49,9 +49,10 @@ def _counts(counter):
     yield _single(
         "counter_increments_total", "counter", "Increments this node accepted.", vector.get(counter.replica, 0)
     )
-    help = f"Value of a counter; of the first {NAMED_MAX} by name."
+    help = f"Value of a counter, of a windowed one that of the present window; of the first {NAMED_MAX} by name."
     yield "counter_value", "gauge", help, [("", {"name": name}, value) for name, value in values.items()]
-    yield _single("counter_counters", "gauge", "Counters known.", counters)
+    yield _single("counter_counters", "gauge", "Counters known, windowed ones included.", counters)
+    yield _single("counter_windows", "gauge", "Windows held of windowed counters.", counter.held_windows)
     yield _single("counter_idempotency_keys", "gauge", "Idempotency keys remembered.", keys)
     help = "Replicas known: every process that ever counted, and cancellations."
     yield _single("counter_replicas", "gauge", help, len(vector))

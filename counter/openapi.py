@@ -8,6 +8,7 @@ import json
 from counter import __version__
 from counter.ids import AMOUNT_MAX
 from counter.parameters import ACTIVE, BATCH_MAX, BY_NAME, BY_VALUE, COUNTS_MAX, WAIT_DEFAULT_S, WAIT_MAX_S
+from counter.windows import KEEP_MAX
 
 PROBLEM = "application/problem+json"
 DESCRIPTION = (
@@ -139,8 +140,16 @@ def count(id, summary, *parameters):
         enum=["true", "false", ACTIVE],
         default="false",
     )
+    last = in_query(
+        "last",
+        "Of a windowed counter: also the counts of so many windows, the present one included",
+        type="integer",
+        minimum=1,
+        maximum=KEEP_MAX + 1,
+    )
     answers = {200: answer("What it stands at", schema("Count"))}
-    return operation(id, summary, answers, (*parameters, after, fresh, timeout("after or fresh")), refusals=(504,))
+    wanted = (*parameters, after, fresh, last, timeout("after or fresh"))
+    return operation(id, summary, answers, wanted, refusals=(504,))
 
 
 PATHS = {
@@ -179,7 +188,7 @@ PATHS = {
             "List counters by name, or the largest first",
             {200: answer("A page of them", schema("Counts"))},
             [
-                in_query("prefix", "Only names that begin so", type="string", pattern=r"^[A-Za-z0-9._:-]{0,128}$"),
+                in_query("prefix", "Only names that begin so", type="string", pattern=r"^[A-Za-z0-9._:@-]{0,144}$"),
                 in_query("start", "Go on there: the `next` of the page before, by name", allOf=[schema("Name")]),
                 in_query("limit", "How many", type="integer", minimum=1, maximum=COUNTS_MAX, default=100),
                 in_query("order", "By name, or by value, the largest first", enum=[BY_NAME, BY_VALUE], default=BY_NAME),
@@ -215,12 +224,18 @@ PATHS = {
     },
 }
 INTEGER, STRING, NUMBER = {"type": "integer"}, {"type": "string"}, {"type": "number"}
+DATE_TIME = {"type": "string", "format": "date-time"}
 WHERE = {  # fields of an answer to ?acks and ?durable
     "acks": {"type": "integer", "description": "How many nodes hold it, as far as this one knows"},
     "durable": {"type": "boolean", "description": "Whether it is on the disk of this node"},
 }
 SCHEMAS = {
-    "Name": {"type": "string", "pattern": r"^[A-Za-z0-9._:-]{1,128}$", "not": {"enum": [".", ".."]}},
+    "Name": {
+        "type": "string",
+        "pattern": r"^[A-Za-z0-9._:-]{1,128}(@[1-9][0-9]{0,7}[smhd](:[1-9][0-9]{0,3})?)?$",
+        "not": {"pattern": r"^\.\.?(@|$)"},
+        "description": "With @WIDTH or @WIDTH:KEEP a counter of windows so wide, of which so many past ones are kept",
+    },
     "Amount": {"type": "integer", "minimum": -AMOUNT_MAX, "maximum": AMOUNT_MAX, "not": {"const": 0}},
     "Id": {"type": "string", "format": "uuid", "description": "A UUIDv8 of its own for every increment"},
     "Incremented": record({"id": schema("Id"), "name": schema("Name"), "count": INTEGER}, **WHERE),
@@ -228,6 +243,14 @@ SCHEMAS = {
     "Count": record(
         {"name": schema("Name"), "count": INTEGER},
         nodes={"type": "integer", "minimum": 1, "description": "How many nodes a fresh read includes"},
+        window=record({"start": DATE_TIME, "seconds": INTEGER})
+        | {"description": "Of a windowed counter: the present window, of which `count` is"},
+        total=INTEGER | {"description": "The sum of the last windows"},
+        windows={
+            "type": "array",
+            "items": {"type": "array", "prefixItems": [DATE_TIME, INTEGER]},
+            "description": "The start and the count of each of the last windows, oldest first",
+        },
     ),
     "Counts": record(
         {

@@ -6,6 +6,7 @@ import re
 from counter import http1
 from counter.http1 import Refused
 from counter.ids import AMOUNT_MAX, NAME, parse_increment_id
+from counter.windows import canonical, is_series, parse_series
 
 WAIT_DEFAULT_S, WAIT_MAX_S = 5.0, 60.0  # of ?timeout=
 COUNTS_MAX = 1000  # counters in one answer
@@ -17,7 +18,7 @@ BATCH_MAX = 1000  # names in a batch
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,18})\Z", re.ASCII)
 _NAMES = re.compile(r"(?:(?!\.\.?/)[A-Za-z0-9._:-]{1,128}/)+\Z")  # many, each with a slash after it
 _SECONDS = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9})?\Z", re.ASCII)
-_PREFIX = re.compile(r"[A-Za-z0-9._:-]{0,128}\Z")
+_PREFIX = re.compile(r"[A-Za-z0-9._:@-]{0,144}\Z")
 _KEY = re.compile(r"[\x21-\x7e]{1,255}\Z")
 
 
@@ -39,7 +40,12 @@ def name(text):
 
 
 def checked_name(name):
-    if not NAME.match(name):
+    if is_series(name):
+        try:
+            parse_series(name)
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+    elif not NAME.match(name):
         raise Refused(400, "a counter's name is 1 to 128 of A-Z a-z 0-9 . _ : - and neither . nor ..")
     return name
 
@@ -75,19 +81,22 @@ def batch(body):
     names, values = "/".join(amounts) + "/", amounts.values()
     are_names = names.count("/") == len(amounts) and _NAMES.match(names)
     if not are_names or set(map(type, values)) != {int} or 0 in values or max(map(abs, values)) > AMOUNT_MAX:
-        raise _bad_item(amounts)
+        _check_items(amounts)
     return amounts
 
 
-def _bad_item(amounts):
-    """Return the Refused that says which item of a batch is bad."""
+def _check_items(amounts):
+    """Raise the Refused that says which item of a batch is bad, if one is."""
+    spellings = {}
     for name, amount in amounts.items():
         try:
             checked_name(name)
             checked_amount(amount)
+            if (other := spellings.setdefault(canonical(name), name)) is not name:
+                raise Refused(400, f"it is the same counter as {other}, which is there as well")
         except Refused as refused:
             shown = name if len(name) <= http1.NAMED_MAX else f"{name[: http1.NAMED_MAX]}…"
-            return Refused(400, f"{shown}: {refused.detail}")
+            raise Refused(400, f"{shown}: {refused.detail}") from None
 
 
 def _fields(body, example):
@@ -120,8 +129,23 @@ def dot(text):
 
 def prefix(text):
     if not _PREFIX.match(text):
-        raise Refused(400, "a prefix is up to 128 of A-Z a-z 0-9 . _ : -")
+        raise Refused(400, "a prefix is up to 144 of A-Z a-z 0-9 . _ : @ -")
     return text
+
+
+def last(query, name):
+    """Return how many windows `last` asks for, of a query about a counter; None if it does not."""
+    text = query.get("last")
+    if text is None:
+        return None
+    if not is_series(name):
+        raise Refused(400, f"last goes with a windowed counter, such as {name}@1h")
+    most = parse_series(name).keep + 1
+    if not re.fullmatch("[1-9][0-9]{0,3}", text) or int(text) > most:
+        raise Refused(
+            400, f"last must be an integer from 1 to {most}: how many windows of {name}, the present one included"
+        )
+    return int(text)
 
 
 def limit(text):

@@ -14,6 +14,7 @@ name has ended as well, and is not taken.
 import heapq
 import re
 from collections import deque, namedtuple
+from datetime import datetime, timezone
 from functools import lru_cache
 
 from counter.ids import NAME
@@ -121,6 +122,11 @@ def end_of(name):
 def listed_name(name):
     """Return the name under which a counter is listed: of a window that of its series."""
     return name.rpartition("/")[0].removesuffix(f":{KEEP_DEFAULT}") if "/" in name else name
+
+
+def rfc3339(time):
+    """Return a time in whole seconds since 1970 as RFC 3339 has it."""
+    return f"{datetime.fromtimestamp(time, timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 
 
 class Horizon:

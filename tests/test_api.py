@@ -484,7 +484,7 @@ def test_counters_are_listed_by_value(start_local, connect):
         "limit=10&limit=10",
         "prefix=a/b",
         "prefix=%C3%A4",
-        f"prefix={'a' * 129}",
+        f"prefix={'a' * 145}",
         "prefix=a%0A",
         "start=",
         "start=..",

@@ -207,7 +207,7 @@ def test_the_very_same_bytes_count_again(client):
         ({"a": 1, "b c": 1}, "b c: a counter's name"), ({"a": 1, "": 1}, ": a counter's name"),
         ({"a": 1, ".": 1}, ".: a counter's name"), ({"a": 1, "x" * 129: 1}, "x" * 40 + "…: a counter's name"),
         ({"a": 1, "\ud800": 1}, "a counter's name"), ({"a": 1, "b\n": 1}, "a counter's name"),
-        ({"a": 1, "visits@1h": 1}, "visits@1h: a counter's name"),
+        ({"a": 1, "visits@1y": 1}, "visits@1y: a windowed counter"),
         ({"a": 1, "b": 0}, "b: amount"), ({"a": 1, "b": 1.0}, "b: amount"), ({"a": 1, "b": True}, "b: amount"),
         ({"a": 1, "b": None}, "b: amount"), ({"a": 1, "b": "1"}, "b: amount"), ({"a": 1, "b": [1]}, "b: amount"),
         ({"a": 1, "b": {"amount": 1}}, "b: amount"), ({"a": 1, "b": AMOUNT_MAX + 1}, "b: amount"),
