@@ -8,19 +8,20 @@ import threading
 
 from counter.binding import Numbers
 from counter.clocks import Clocks
-from counter.confirmations import is_long
+from counter.confirmations import NOTHING_HELD, is_long
 from counter.freshness import Freshness
 from counter.ids import SEQUENCE_MAX
 from counter.links import LINK_IDLE_S
 from counter.roster import ACTIVE, LOST
 from counter.state import APPLIED, GAP, NEEDS
-from counter.wire import Message, View, lacks, vector_hash
+from counter.vectors import Vector, lacks
+from counter.wire import Message, View
 from peers import log_changes
 
 log = logging.getLogger("counter.replication")
 
 DELTAS_MAX = 2**20  # bytes of deltas in a message of several replicas, roughly
-VECTOR_SHORT = 16  # replicas; a longer vector is compared by its hash first
+SUMMARIES_SINCE = 2  # the wire.VERSION of nodes that understand the summary of a vector
 RETRY_LOST_S = 0.5  # between two tries to hand over to a lost peer while the node stops
 NO_VIEW = View([], [])  # what a mere push shows
 
@@ -41,7 +42,6 @@ class Gossip:
         self._number = 0  # of the latest request
         self._numbers = Numbers()  # of the requests that came
         self._clocks = Clocks()
-        self._hashed = (None, None)  # a vector and its hash, the last one that was needed
         self._say_if_ready()
 
     def swept(self, addresses, seeds, now):
@@ -88,22 +88,14 @@ class Gossip:
             sender, view = self._table.describe()
             # After a failure it is enough to find out what the peer holds: it may have arrived.
             deltas = self._counter.deltas(known, DELTAS_MAX, now) if known is not None and not link.failures else []
-            hash = self._hash(vector) if link.agreed and len(vector) > VECTOR_SHORT else None
             deltas = self._confirmations.requested(to, deltas, now)
-            return Message(sender, view, vector, hash, None, deltas, to=to, number=number, clock=now)
+            summary = _summary(vector, link.listed) if self._table.v_of(to) >= SUMMARIES_SINCE else None
+            return Message(sender, view, vector, summary, None, deltas, to=to, number=number, clock=now)
         delta = self._counter.delta(replica, known.get(replica, 0), now)
         deltas = self._confirmations.requested(to, [delta], now) if delta else []
         if not deltas:
             return None
         return Message(self._table.sender(), NO_VIEW, None, None, None, deltas, to=to, number=number, clock=now)
-
-    def _hash(self, vector):
-        """Return the hash of a vector of this node; most often that of the last time."""
-        known, hash = self._hashed
-        if known is not vector:
-            hash = vector_hash(vector)
-            self._hashed = (vector, hash)  # vectors are never changed in place
-        return hash
 
     def answered(self, link, request, answer, now):
         """Take in the answer to a request that was sent over a link, and free the link.
@@ -116,27 +108,31 @@ class Gossip:
             return
         if request.to is None:
             raise ValueError("the answer to who is there does not say it")
-        if request.applied is not None and answer.applied is None and answer.hash is None:
+        if request.applied is not None and not answer.compares:
             raise ValueError("the answer to a heartbeat lacks a vector")
         peer, own = answer.sender.id, self._counter.replica
         contact, changes = self._table.heard(answer.sender, answer.view, now, answered_at=link.address)
         merged = APPLIED in self._merge(answer, cut_at).values()
         mine = self._counter.vector()
+        shown = request.applied if answer.hash is not None else _shown(answer, request.applied)
+        if answer.summary is not None:
+            link.listed = _to_list(request, shown, mine)
         before = self._confirmations.vectors.get(peer)
-        confirmed = self._confirmed(before, request, answer)
+        confirmed = shown
+        if shown is None and before is not None:
+            confirmed = before.updated(answer.confirms or {})
         self._confirmations.confirm(peer, confirmed, now)
         if request.sender.leaving:
             self._confirmations.knows_of_leaving(peer)
-        if request.applied is not None:
-            self._confirmations.agreed = link.agreed = confirmed == request.applied
-            if peer != own:
-                self._heard_vector(answer.sender, confirmed, mine)
-            if not lacks(mine, confirmed):
-                self.freshness.compared(peer, link.last_sent_at, now)
         again = hold = False
-        if peer != own:
-            progressed = merged or confirmed != before or request.hash is not None
-            again, hold = self._follow_up(request, answer, before or {}, confirmed, mine, progressed)
+        if peer != own and request.applied is None:
+            again = _was_not_taken(request, answer, confirmed)
+        elif peer != own:
+            if shown is not None:
+                self._heard_vector(answer.sender, shown, mine)
+                if not lacks(mine, shown):
+                    self.freshness.compared(peer, link.last_sent_at, now)
+            again, hold = _follow_up(request, answer, before, shown, mine, merged)
         self._membership_changed(contact, changes, now)
         self._links.answered(link, peer, again, hold, now)  # the last thing: from here on it may be another thread's
 
@@ -148,30 +144,6 @@ class Gossip:
         self._membership_changed(contact, changes, now)
         if not self._links.introduced(link, answer.sender.id, now):
             raise ValueError("it takes nothing that is addressed to it")
-
-    @staticmethod
-    def _confirmed(before, request, answer):
-        """Return the vector that an answer confirms: it replaces what was known before."""
-        if answer.hash is not None:
-            return request.applied  # it holds just that
-        if answer.applied is not None:
-            return answer.applied
-        return before if before is None else {**before, **(answer.confirms or {})}
-
-    @staticmethod
-    def _follow_up(request, answer, before, confirmed, mine, progressed):
-        """Return whether to compare vectors again, and whether to push nothing before the next heartbeat."""
-        own, compared = request.sender.id, request.applied is not None
-        sent = max((delta.through for delta in request.deltas if delta.replica == own), default=0)
-        if confirmed is None or (answer.refused and not compared):
-            return True, False
-        if confirmed.get(own, 0) < sent:  # it did not take what this node counted, nor will it unless that changes
-            return not compared, compared and before.get(own, 0) == confirmed.get(own, 0)
-        if not (compared and progressed):  # the next heartbeat is soon enough
-            return False, False
-        # Compared with what was held as the request was cut: of what arrived since, its own node tells
-        # the peer.  What came in a long answer the peer sends on from only once it knows that it arrived.
-        return is_long(answer.deltas) or lacks(mine, confirmed) or lacks(confirmed, request.applied), False
 
     # What others send.
 
@@ -193,16 +165,14 @@ class Gossip:
         contact, changes = self._table.heard(message.sender, message.view, now)
         results = self._merge(message, cut_at)
         mine = self._counter.vector()
-        compares = message.applied is not None or message.hash is not None
-        vector = mine if message.hash is not None and message.hash == self._hash(mine) else message.applied
-        deltas = []
-        if message.applied is not None:
+        compares, shown, deltas = message.compares, _shown(message, mine), []
+        if shown is not None:
             # What it counts itself it knows best.
-            known = {**self._confirmations.to_send_from(id, now, message.applied), id: SEQUENCE_MAX}
+            known = self._confirmations.to_send_from(id, now, shown).updated({id: SEQUENCE_MAX})
             deltas = self._counter.deltas(known, DELTAS_MAX, now)
-        if vector is not None and id != replica:
-            deltas = self._confirmations.confirm(id, vector, now, answered=deltas)
-            self._heard_vector(message.sender, vector, mine)
+            if id != replica:
+                deltas = self._confirmations.confirm(id, shown, now, answered=deltas)
+                self._heard_vector(message.sender, shown, mine)
         if compares and message.sender.address:
             self._links.heard_from(message.sender.address)
         self._membership_changed(contact, changes, now)
@@ -212,9 +182,11 @@ class Gossip:
         if not compares:
             return Message(sender, view, None, None, confirms, [], refused, clock=now)
         if sender.leaving:
-            sender = self._leaving_sender(message.sender, sender, deltas)
-        hash = self._hash(mine) if vector == mine and len(mine) > VECTOR_SHORT else None
-        return Message(sender, view, mine, hash, confirms, deltas, refused, clock=now)
+            sender = self._leaving_sender(message.sender, sender, shown is None or deltas)
+        summary = None
+        if message.summary is not None:
+            summary = mine.summary(message.summary.recent if shown is None else mine.differing(shown))
+        return Message(sender, view, mine, summary, confirms, deltas, refused, clock=now)
 
     def _is_for_this(self, message):
         return message.to == self._counter.replica and message.number is not None
@@ -228,13 +200,13 @@ class Gossip:
         self._table.progress(id, now)
         self._confirmations.progress(id, now)
 
-    def _leaving_sender(self, asking, sender, deltas):
+    def _leaving_sender(self, asking, sender, lacks_something):
         """Return what an answer says of this node, which leaves, to a peer that asked by itself.
 
         One that cannot be dialled hears nothing else.  While it lacks something it is not told, so
         that it comes back and shows that it has got that.
         """
-        if deltas:
+        if lacks_something:
             return sender._replace(leaving=False)
         if self._links.is_failing(asking.address):
             self._confirmations.knows_of_leaving(asking.id)
@@ -243,7 +215,7 @@ class Gossip:
     def _merge(self, message, cut_at):
         """Merge the deltas of a message; return what each was found to be, by its replica."""
         results = {delta.replica: self._counter.merge(delta, cut_at) for delta in message.deltas}
-        if any(self._counter.renew_if_cloned(known) for known in (message.applied, message.confirms) if known):
+        if any(self._counter.renew_if_cloned(known) for known in _entries(message)):
             log.error("replica id used twice, was this machine cloned? new id=%s", self._counter.replica)
             self._table.rename(self._counter.replica)
         return results
@@ -268,9 +240,7 @@ class Gossip:
         Only increments that this node has to deliver are included: its own, and those of nodes that are
         gone.  Active nodes push their own; this node learns from a heartbeat, later, that they arrived.
         """
-        active = {id for id, _ in self._table.active()}
-        owed = {replica: sequence for replica, sequence in self._counter.vector().items() if replica not in active}
-        return self._confirmations.unconfirmed(owed)
+        return self._confirmations.unconfirmed(self._counter.vector(), {id for id, _ in self._table.active()})
 
     def wait_for_acks(self, replica, sequence, wanted, timeout_s):
         """Wait until that many nodes, this one included, hold a dot; return how many do."""
@@ -322,5 +292,61 @@ class Gossip:
         if not active:
             return not states or not self._confirmations.held_by_none(mine, states.keys())
         return self._confirmations.know_of_leaving(active) and not any(
-            lacks(vectors.get(id, {}), mine) for id in active
+            lacks(vectors.get(id, NOTHING_HELD), mine) for id in active
         )
+
+
+def _summary(vector, listed):
+    """Return the summary of a vector with the entries of some replicas, or of all if `listed` is None."""
+    return vector.listing() if listed is None else vector.summary(listed)
+
+
+def _shown(message, reference):
+    """Return the vector that a message shows, None if it does not; a summary is completed by the vector `reference`."""
+    if message.summary is not None:
+        return None if reference is None else reference.completed(message.summary)
+    return None if message.applied is None else Vector.of(message.applied)
+
+
+def _entries(message):
+    """Return what a message says outright of what its sender holds, as mappings {replica: sequence}."""
+    found = message.applied, message.confirms, message.summary and message.summary.recent
+    return [entries for entries in found if entries]
+
+
+def _to_list(request, shown, mine):
+    """Return the replicas that the next request lists beside those that changed lately; None for all there are.
+
+    `shown` is the vector in the answer, None if it differs in more than its summary lists; `mine` is that here now.
+    """
+    if shown is not None:
+        return mine.differing(shown)
+    if not request.summary or not request.summary.rest:
+        raise ValueError("the summary in the answer is not of a vector")  # it follows from the request, which has all
+    return None
+
+
+def _sent(request):
+    """Return the sequence through which a request has what its sender counted; 0 if it has nothing of it."""
+    return max((delta.through for delta in request.deltas if delta.replica == request.sender.id), default=0)
+
+
+def _was_not_taken(request, answer, confirmed):
+    """Return whether to compare vectors after a push, given the vector confirmed by now."""
+    return confirmed is None or bool(answer.refused) or confirmed.get(request.sender.id) < _sent(request)
+
+
+def _follow_up(request, answer, before, shown, mine, merged):
+    """Return whether to compare vectors once more, and whether to push nothing before the next heartbeat."""
+    own = request.sender.id
+    if shown is None:
+        return True, False
+    if shown.get(own) < _sent(request):  # it did not take what this node counted, nor will it unless that changes
+        return False, (before or NOTHING_HELD).get(own) == shown.get(own)
+    # The peer could make sense of a summary only if it listed all that differs.
+    understood = request.summary is None or request.applied.differing(shown) <= request.summary.recent.keys()
+    if not (merged or before is None or shown != before or not understood):  # the next heartbeat is soon enough
+        return False, False
+    # Compared with what was held as the request was cut: of what arrived since, its own node tells
+    # the peer.  What came in a long answer the peer sends on from only once it knows that it arrived.
+    return is_long(answer.deltas) or lacks(mine, shown) or lacks(shown, request.applied), False

@@ -133,6 +133,12 @@ class PeerTable:
         with self._lock:
             return self._roster.owners.get(address) or next((peer.id for peer in self._roster.at(address)), None)
 
+    def v_of(self, id):
+        """Return what a peer knows of messages, a wire.VERSION; 0 if it has not said so."""
+        with self._lock:
+            peer = self._roster.peers.get(id)
+            return peer.v if peer else 0
+
     def active(self):
         """Return [(id, address)] of the active peers."""
         with self._lock:
@@ -268,7 +274,7 @@ class PeerTable:
             return  # sent before the node said that it leaves
         peer = roster.peers.get(sender.id) or roster.add(sender.id, address, sender.beat, now)
         roster.update(peer, address, max(known_beat, sender.beat))
-        peer.last_heard, peer.version = now, sender.version
+        peer.last_heard, peer.version, peer.v = now, sender.version, sender.v
         self._departures.pop(peer.id, None)
         if sender.beat > known_beat:  # else there is nothing new to tell others
             self._recent_contacts.append(peer)

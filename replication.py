@@ -165,7 +165,7 @@ class Replicator:
             raise _wrong_signature() from None
         except ValueError as error:
             raise Refused(400, str(error)) from None
-        if message.v == 0:
+        if message.sender.v == 0:
             self._log_refusal(remote_host(), "nodes before 1.1 and this one do not understand each other")
         reached_at = None if self._table.address else join_address(local_host(), self._port)
         answer = self._gossip.receive(message, self._clock(), reached_at)

@@ -179,7 +179,7 @@ class Network:
             return lines
         if self.messages % SAMPLE == 0:
             self.bytes += SAMPLE * sum(map(len, encode(message)))
-        return message if message.hash is None else message._replace(applied=None)
+        return message if message.summary is None else message._replace(applied=None)
 
     def _receive(self, sent):
         return decode(sent) if self.as_json else sent

@@ -10,12 +10,14 @@ says so, but they are not sent a second time meanwhile.
 import threading
 
 from counter.ids import SEQUENCE_MAX
+from counter.vectors import Vector
 from counter.waiting import Waiters
 from counter.wire import SHORT
 
 ANSWER, REQUEST = "answer", "request"  # what may carry histories to a peer
 STALLED_S = 30.0  # a long message that has not got on for so long is taken for lost
 NEVER = float("inf")
+NOTHING_HELD = Vector({})
 
 
 def is_long(deltas):
@@ -26,8 +28,7 @@ def is_long(deltas):
 class Confirmations:
     """Which peer has confirmed what.  Threads may call anything at any time.
 
-    `vectors` is {id of a peer: the vector it last confirmed}; it may be read without a lock, and no
-    vector is ever changed in place.
+    `vectors` is {id of a peer: the Vector it last confirmed}; it may be read without a lock.
     """
 
     def __init__(self):
@@ -39,7 +40,6 @@ class Confirmations:
         self._on_the_way = {}
         self._told_leaving = set()  # ids of peers that know that this node is leaving
         self._waiters = Waiters(self._lock)  # who waits for acks of a dot, or for any change
-        self.agreed = False  # vectors were equal when two nodes last compared them
 
     def confirm(self, peer, vector, now, answered=None):
         """Record what a peer holds, in place of what was known before; None if nothing is known any more.
@@ -49,13 +49,13 @@ class Confirmations:
         """
         with self._lock:
             to_send = self._send_locked(peer, REQUEST if answered is None else ANSWER, answered or [], now)
-            before = self.vectors.get(peer) or {}
+            before = self.vectors.get(peer, NOTHING_HELD)
             if vector is None:
                 self.vectors.pop(peer, None)
             else:
                 self.vectors[peer], self._heard_at[peer] = vector, now
             if self._waiters:
-                self._waiters.advanced_locked(before, vector or {})
+                self._waiters.advanced_locked(before, vector or NOTHING_HELD)
             return to_send
 
     def requested(self, peer, deltas, now):
@@ -91,7 +91,7 @@ class Confirmations:
         with self._lock:
             vector = self.vectors.get(peer) if shown is None else shown
             replicas, until = self._on_the_way.get((peer, ANSWER if shown is None else REQUEST), _NOTHING)
-        return {**vector, **dict.fromkeys(replicas, SEQUENCE_MAX)} if vector is not None and now < until else vector
+        return vector.updated(dict.fromkeys(replicas, SEQUENCE_MAX)) if vector is not None and now < until else vector
 
     def sent_until(self, peer, replica):
         """Return until when a history is on its way to a peer; -NEVER if it is not.  Needs no lock."""
@@ -123,11 +123,11 @@ class Confirmations:
             holders = {peer for peer, vector in self.vectors.items() if vector.get(replica, 0) >= sequence}
         return holders | {replica}
 
-    def unconfirmed(self, owed):
-        """Return {peer: number of increments it has yet to confirm} of `owed`, a vector."""
+    def unconfirmed(self, vector, without):
+        """Return {peer: number of increments of a vector it has yet to confirm}, without those of some replicas."""
         with self._lock:
             vectors = dict(self.vectors)
-        return {peer: _missing(owed, [vector], {peer}) for peer, vector in vectors.items()}
+        return {peer: _missing(vector, [its], {*without, peer}) for peer, its in vectors.items()}
 
     def held_by_none(self, vector, peers):
         """Return how many of the increments in a vector none of these peers is known to hold."""
@@ -159,10 +159,11 @@ class Confirmations:
 _NOTHING = ((), -NEVER)  # is on its way
 
 
-def _missing(vector, others, peers):
-    """Return how many increments of a vector are in none of the other vectors, nor counted by one of the peers."""
+def _missing(vector, others, replicas):
+    """Return how many increments of a vector are in none of the other vectors; those of some replicas are left out."""
+    first, *others = others or [NOTHING_HELD]
     return sum(
-        max(0, sequence - max((other.get(replica, 0) for other in others), default=0))
-        for replica, sequence in vector.items()
-        if replica not in peers
+        max(0, sequence - max([held, *(other.get(replica) for other in others)]))
+        for replica, sequence, held in vector.beyond(first)
+        if replica not in replicas
     )

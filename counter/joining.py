@@ -13,7 +13,7 @@ other node gives it, or while a seed refuses it; the log and /readyz then say so
 import logging
 import threading
 
-from counter.wire import lacks
+from counter.vectors import lacks
 
 log = logging.getLogger("counter.peers")
 

@@ -43,7 +43,7 @@ class PeerRefuses(ValueError):
 class Link:
     """What is known of sending to one address.  Its `session` belongs to the worker that has it in flight."""
 
-    def __init__(self, address, is_seed=False, agreed=False):
+    def __init__(self, address, is_seed=False):
         self.address, self.is_seed = address, is_seed  # a seed is a name to resolve first
         self.compare_at = NEVER  # when to compare vectors next, or to resolve the name
         self.in_flight = False
@@ -55,7 +55,8 @@ class Link:
         self.retry_at = -NEVER  # no push before that; NEVER: until a heartbeat is answered
         self.peer = None  # the replica id that answered last
         self.has_called = False  # a peer that says it is there has sent something by itself
-        self.agreed = agreed  # the vectors were equal when they were last compared, or most likely are
+        # Whose entries the next comparison lists beside the recent ones, as they differ; None: all entries.
+        self.listed = ()
         self.introduced = False  # the latest answer only said who answers here, so the next must say more
         self.session = None  # the connection over which messages are sent, once there was one
 
@@ -158,7 +159,7 @@ class Links:
     def _link_locked(self, address):
         link = self._links.get(address)
         if link is None:
-            link = self._links[address] = Link(address, agreed=self._confirmations.agreed)
+            link = self._links[address] = Link(address)
         return link
 
     def _schedule_locked(self, link, at):

@@ -16,7 +16,7 @@ class Peer:
     """What is known of one replica id."""
 
     # One per peer, so keep it small.
-    __slots__ = ("advanced_since_lost", "entry", "index", "last_heard", "probe", "state", "version")
+    __slots__ = ("advanced_since_lost", "entry", "index", "last_heard", "probe", "state", "v", "version")
 
     def __init__(self, id, address, beat, now):
         # What a message says of it: (id, address, beat), the greatest beat known.  A tuple, so that a
@@ -27,6 +27,7 @@ class Peer:
         self.index = None  # in Roster.active, while it is active
         self.advanced_since_lost = False  # its beat has risen since it was lost
         self.version = None  # of its program, as it said itself
+        self.v = 0  # what it knows of messages: wire.VERSION there; 0 until it has said it
         self.probe = Probe()
 
     @property

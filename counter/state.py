@@ -27,6 +27,7 @@ from counter.cancellations import Cancellations
 from counter.histories import Histories
 from counter.ids import cancelling_replica
 from counter.keys import PIECE, KeyTable, SentKeys
+from counter.vectors import Changes
 from counter.waiting import Waiters
 from counter.windows import Horizon, canonical, is_series, is_window, parse_series, present_window
 
@@ -66,6 +67,7 @@ class Counter:
         self._counters, self._applied = self._histories.counters, self._histories.applied  # parts of it
         self._cancellations = Cancellations()
         self._cancelled = {}  # replica of each cancellation -> 1
+        self._changes = Changes()  # is told of every replica but this one before its history changes
         self._vector = None  # the vector last handed out; None once out of date
         self._waiters = Waiters(self._lock)
         self._wall = wall
@@ -173,6 +175,9 @@ class Counter:
                 self._settle_locked()
                 more = self._keys.forget(now)
                 self._histories.free_forgotten()
+        with self._lock:
+            if self._changes.grow_older(self.replica, self._held, now):
+                self._vector = None
         self.end_windows(self._horizon.look(now, self._wall()))
 
     def end_windows(self, horizon):
@@ -201,14 +206,17 @@ class Counter:
 
     # Idempotency keys.
 
-    def keys_were_loaded(self, now):
-        """Keep every key for a whole window from now on, however old it is.
+    def was_loaded(self, now):
+        """Take note that what was merged so far is from a file: it is the past.
 
-        The nodes of a cluster that was down for longer than the window may have taken one key at two
-        of them; only while both uses are remembered is that noticed.
+        Every key is kept for a whole window from now on, however old it is.  The nodes of a cluster that
+        was down for longer than the window may have taken one key at two of them; only while both uses
+        are remembered is that noticed.
         """
         with self._lock:
             self._keys.keep(now)
+            self._changes.settle(self.replica, self._held)
+            self._vector = None
 
     def _settle_locked(self):
         """Cancel what was counted more than once because several replicas took one key."""
@@ -223,6 +231,7 @@ class Counter:
         """Cancel the second of two dots, which counted `amount`, unless that was done."""
         if replica in self._cancelled:
             return
+        self._changes.touch(replica)
         is_held = number is not None and self._counters.is_held(number)  # else it is a window that has ended
         value = self._counters.values[number] - amount if is_held else None
         self._cancellations.add(*dots, number if is_held else None, amount)
@@ -280,19 +289,20 @@ class Counter:
 
     def holds(self, replica, sequence):
         """Return whether this dot has been applied here."""
-        return self._applied.get(replica, 0) >= sequence or self._cancelled.get(replica, 0) >= sequence
+        return self._held(replica) >= sequence
+
+    def _held(self, replica):
+        """Return the sequence through which the history of a replica is held, 0 if none of it is."""
+        return self._applied.get(replica, 0) or self._cancelled.get(replica, 0)
 
     def vector(self):
-        """Return what is applied: {replica: sequence}.  The dict is shared: treat it as read-only."""
+        """Return what is applied, {replica: sequence}, as a Vector."""
         with self._lock:
             return self._vector_locked()
 
     def _vector_locked(self):
         if self._vector is None:
-            vector = {**self._applied, **self._cancelled}
-            if not self.sequence:
-                del vector[self.replica]
-            self._vector = vector
+            self._vector = self._changes.vector(self.replica, self._held)
         return self._vector
 
     # Waiting.
@@ -325,11 +335,11 @@ class Counter:
         """
         found, size = [], 0
         with self._lock:
-            # Cancellations are the last of the vector: a receiver takes one only when it holds both
-            # dots, and what holds a dot may be a later delta than the one it was first in.
-            for replica, through in self._vector_locked().items():
-                after = known.get(replica, 0)
-                if after < through and size < size_max:
+            # Cancellations come last: a receiver takes one only when it holds both dots, and what
+            # holds a dot may be a later delta than the one it was first in.
+            lacking = self._vector_locked().beyond(known)
+            for replica, _, after in sorted(lacking, key=lambda entry: (entry[0] in self._cancelled, entry)):
+                if size < size_max:
                     delta = self._delta_locked(replica, after, now)
                     found.append(delta)
                     size += 80 * len(delta.totals) + 150 * len(delta.keys)
@@ -375,6 +385,7 @@ class Counter:
                 return HELD
             if after > held:
                 return GAP
+            self._changes.touch(replica)
             self._histories.take(delta, now)
             self._changed_locked(replica, through)
             with suppress(MemoryError):  # what is not settled now is at the next call of expire()
@@ -415,7 +426,9 @@ class Counter:
         with self._lock:
             if self.replica != replica:
                 return False  # another thread has done it
+            self._changes.touch(replica)
             self._histories.renew()
+            self._vector = None
             return True
 
 

@@ -18,8 +18,8 @@ from collections import namedtuple
 from counter import datafile
 from counter.datafile import DataFileError
 from counter.datawriter import Writer
+from counter.vectors import Vector, lacks
 from counter.waiting import Waiters
-from counter.wire import lacks
 
 log = logging.getLogger("counter.store")
 
@@ -122,7 +122,7 @@ class Store:
         """Return the Status of the file."""
         mine, now = self._counter.vector(), self._clock()
         with self._lock:
-            lag = sum(max(0, through - self._saved.get(replica, 0)) for replica, through in mine.items())
+            lag = sum(through - saved for _, through, saved in mine.beyond(self._saved))
             return Status(self._error is None, lag, max(0.0, now - self._complete_at) if lag else 0.0, self._error)
 
     def numbers(self):
@@ -186,12 +186,13 @@ class Store:
         self._failures = 0
         with self._lock:
             failed, self._error = self._error, None
-            for delta in deltas:
-                replica, through = delta.replica, self._writer.vector[delta.replica]
-                before, self._saved[replica] = self._saved.get(replica, 0), through
-                self._waiters.reached_locked(replica, through, before)
+            before, news = self._saved, {delta.replica: self._writer.vector[delta.replica] for delta in deltas}
+            self._saved = before.updated(news)
+            for replica, through in news.items():
+                self._waiters.reached_locked(replica, through, before.get(replica))
             if not self._lacks(vector):
                 self._complete_at = began
+                self._saved = vector.updated(news)  # the same, but comparing it with the counter's next one is quick
             self._numbers["commits"] += bool(deltas)
             self._numbers["commit_seconds"] += self._clock() - began
         if failed:
@@ -227,15 +228,16 @@ class Store:
                 if not self._counter.holds(delta.replica, delta.through):
                     raise datafile.damaged(self._path, f"replica {delta.replica} lacks what it requires")
         with self._lock:
-            self._saved = held  # what the writer finds will be the same; but the file may be one that cannot be written
-        self._counter.keys_were_loaded(self._clock())
+            # What the writer finds will be the same; but the file may be one that cannot be written.
+            self._saved = Vector(held)
+        self._counter.was_loaded(self._clock())
         self._loaded = found
 
     def _open_writer(self):
         self._writer = Writer(self._path, self._cluster, self._fsync)
         self._loaded = datafile.identity(self._path)
         with self._lock:
-            self._saved = dict(self._writer.vector)
+            self._saved = Vector(dict(self._writer.vector))
 
     def _close_writer(self):
         if self._writer:

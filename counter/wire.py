@@ -7,10 +7,12 @@ by piece, and nowhere there as a whole.
 Nodes of different versions understand each other: a message says in `v` what its sender knows, and
 whatever a receiver does not know of it, it ignores: further fields of any object, further items of
 any entry.  A field without which a receiver would hold something wrong must not be sent to one
-whose messages have a `v` that is too small for it.
+whose messages have a `v` that is too small for it.  What the versions added:
+
+    1  `v` itself
+    2  a vector as a summary: its latest entries in `recent`, and `rest`, a hash of all others
 """
 
-import hashlib
 import itertools
 import json
 import re
@@ -19,8 +21,9 @@ from collections import namedtuple
 from counter.addresses import parse_address
 from counter.checks import GrowingDelta, is_int, require
 from counter.ids import REPLICA, SEQUENCE_MAX
+from counter.vectors import Summary
 
-VERSION = 1  # of what a message may say
+VERSION = 2  # of what a message may say
 SHORT = 1000  # entries; a message with more is cut into lines
 PIECE = 100  # entries of a line, some 16 KB: so a slow link moves something all the time
 LINE_BYTES = 48 * 1024  # of a line without its signature, at most
@@ -30,35 +33,39 @@ BODY_MAX = 2**36
 BEAT_MAX = NUMBER_MAX = 2**53
 CLOCK_MAX_S = 1e12
 _WORD = re.compile("[!-~]{1,64}\\Z")
+_HASH = re.compile("[0-9a-f]{32}\\Z")
 
 # address: None while it is unknown; version: that of its program, None from nodes that do not say it;
-# ready: clients may rely on what it counts
-Sender = namedtuple("Sender", "id address beat leaving version ready", defaults=(None, False))
+# ready: clients may rely on what it counts; v: what it knows of messages, which says the message itself
+Sender = namedtuple("Sender", "id address beat leaving version ready v", defaults=(None, False, VERSION))
 View = namedtuple("View", "peers left")  # peers: [(id, address, beat)], left: [(id, its last beat)]
-# A request or its answer.  `applied` is the complete vector of the sender; where there is a
-# `hash`, that alone travels for it; a mere push has neither, and no view.  Two parts answer
-# deltas: `confirms` has the sequences through which their replicas are held now, and
-# `refused` is {replica: why}, GAP or NEEDS.  A request is for the process with the id `to`, and has a
-# greater `number` with every request of its sender.  In an answer a number means that the request was not
-# taken, as it was for another process, or is not new: the next is to have a greater number.  `v` is 0 from
-# nodes before 1.1.  `clock` is what the sender's clock showed as the message was cut, in seconds; None from
-# nodes that do not say it: the ages of keys are as of then.
-Message = namedtuple(
-    "Message",
-    "sender view applied hash confirms deltas refused to number v clock",
-    defaults=({}, None, None, VERSION, None),
-)
+_FIELDS = "sender view applied summary confirms deltas refused to number clock hash"
 
 
-def vector_hash(vector):
-    """Return a hash on which two nodes agree exactly if their vectors are equal."""
-    return hashlib.sha256(json.dumps(sorted(vector.items())).encode()).hexdigest()[:32]
+class Message(namedtuple("Message", _FIELDS, defaults=({}, None, None, None, None))):
+    """A request or its answer.
 
+    `applied` is the complete vector of the sender; where there is a `summary`, that alone travels for
+    it; a mere push has neither, and no view.  A `hash` is what nodes of version 1 may send for a vector: in
+    an answer, it says that theirs is that of the request.
 
-def lacks(vector, other):
-    """Return whether a node that holds `vector` lacks something that `other` shows."""
-    # Most often they are equal, which is found out many times faster.
-    return vector != other and any(vector.get(replica, 0) < sequence for replica, sequence in other.items())
+    Two parts answer deltas: `confirms` has the sequences through which their replicas are held now, and
+    `refused` is {replica: why}, GAP or NEEDS.
+
+    A request is for the process with the id `to`, and has a greater `number` with every request of its
+    sender.  In an answer a number means that the request was not taken, as it was for another process,
+    or is not new: the next is to have a greater number.
+
+    `clock` is what the sender's clock showed as the message was cut, in seconds; None from nodes that do
+    not say it: the ages of keys are as of then.
+    """
+
+    __slots__ = ()
+
+    @property
+    def compares(self):
+        """Whether it says what its sender holds, and so is no mere push."""
+        return self.applied is not None or self.summary is not None or self.hash is not None
 
 
 def encode(message):
@@ -82,7 +89,8 @@ def _json(value):
 
 def _head(message):
     """Return the fields that only the first line has, and those that say what there is."""
-    head = {"v": message.v, "from": message.sender._asdict()}
+    sender = message.sender._asdict()
+    head = {"v": sender.pop("v"), "from": sender}
     if message.to is not None:
         head["to"] = message.to
     if message.number is not None:
@@ -91,6 +99,8 @@ def _head(message):
         head["clock"] = message.clock
     if message.hash is not None:
         head["hash"] = message.hash
+    if message.summary is not None:
+        head |= {"rest": f"{message.summary.rest:032x}", "recent": {}}
     elif message.applied is not None:
         head["applied"] = {}
     if message.confirms is not None:
@@ -100,11 +110,13 @@ def _head(message):
 
 def _collections(message):
     """Yield (path, entries) of all that a message may have many of, but for its deltas."""
-    if message.hash is not None or message.applied is not None:
+    if message.compares:
         yield ("view", "peers"), message.view.peers
         yield ("view", "left"), message.view.left
-    if message.hash is None and message.applied:
-        yield ("applied",), message.applied
+    if message.summary:
+        yield ("recent",), message.summary.recent
+    elif message.applied:
+        yield ("applied",), dict(message.applied)
     if message.confirms:
         yield ("confirms",), message.confirms
     if message.refused:
@@ -200,7 +212,7 @@ class Decoder:
             view = self._fields.setdefault("view", {"peers": [], "left": []})
             for name in ("peers", "left"):
                 view[name] += _list(fields["view"].get(name, []))
-        for name in ("applied", "confirms", "refused"):
+        for name in ("applied", "recent", "confirms", "refused"):
             if name in fields:
                 self._fields.setdefault(name, {}).update(fields[name])
         if "delta" in fields:
@@ -220,22 +232,25 @@ class Decoder:
     def _message(self, deltas):
         fields = self._fields
         try:
-            sender, view = _sender(fields["from"]), _view(fields.get("view", {"peers": [], "left": []}))
+            v = fields.get("v", 0)
+            require(is_int(v, 0, NUMBER_MAX), "a version")
+            sender, view = _sender(fields["from"], v), _view(fields.get("view", {"peers": [], "left": []}))
             applied, hash, confirms, to = map(fields.get, ("applied", "hash", "confirms", "to"))
-            refused, number, v = fields.get("refused", {}), fields.get("n"), fields.get("v", 0)
-            clock = fields.get("clock")
-            for vector in (applied, confirms):
+            refused, number, clock = fields.get("refused", {}), fields.get("n"), fields.get("clock")
+            rest, recent = fields.get("rest"), fields.get("recent")
+            require(rest is None or (_HASH.match(rest) and recent is not None), "a summary")
+            summary = None if rest is None else Summary(int(rest, 16), recent)
+            for vector in (applied, recent, confirms):
                 for replica, sequence in vector.items() if vector is not None else ():
                     require(REPLICA.match(replica) and is_int(sequence, 0, SEQUENCE_MAX), "a vector")
             require(hash is None or type(hash) is str, "a hash")
             require(all(REPLICA.match(replica) and _WORD.match(why) for replica, why in refused.items()), "a refusal")
             require(to is None or REPLICA.match(to), "whom it is for")
             require(number is None or is_int(number, 0, NUMBER_MAX), "a number")
-            require(is_int(v, 0, NUMBER_MAX), "a version")
             require(clock is None or (type(clock) in (int, float) and 0 <= clock < CLOCK_MAX_S), "a clock")
         except (TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
             raise ValueError(f"not a gossip message: {error}") from None
-        return Message(sender, view, applied, hash, confirms, deltas, refused, to, number, v, clock)
+        return Message(sender, view, applied, summary, confirms, deltas, refused, to, number, clock, hash)
 
 
 def decode(lines):
@@ -251,13 +266,13 @@ def _list(value):
     return value
 
 
-def _sender(fields):
+def _sender(fields, v):
     id, address, beat, leaving = (fields[name] for name in ("id", "address", "beat", "leaving"))
     version, ready = fields.get("version"), fields.get("ready", False)
     require(REPLICA.match(id) and is_int(beat, 0, BEAT_MAX), "its sender")
     require(type(leaving) is type(ready) is bool, "its sender")
     require(version is None or _WORD.match(version), "its program's version")
-    return Sender(id, None if address is None else parse_address(address), beat, leaving, version, ready)
+    return Sender(id, None if address is None else parse_address(address), beat, leaving, version, ready, v)
 
 
 def _view(fields):

@@ -48,7 +48,7 @@ class Half:
 
 
 def answer(applied=None, id=A, address=AT_A, hash=None, confirms=None, deltas=()):
-    return Message(Sender(id, address, 1, False), NOBODY, applied, hash, confirms, list(deltas))
+    return Message(Sender(id, address, 1, False, v=1), NOBODY, applied, None, confirms, list(deltas), hash=hash)
 
 
 def introduction(id=A, address=AT_A, number=0):
@@ -57,16 +57,26 @@ def introduction(id=A, address=AT_A, number=0):
 
 
 def talk(sender, receiver, link, now):
-    """Carry one exchange between two halves, after the question who the receiver is, if the sender has to ask."""
+    """Carry one exchange between two halves, after the question who the receiver is, if the sender has to ask.
+
+    Return the bytes of all messages.
+    """
     request = sender.gossip.request(link, now)
-    reply = receiver.gossip.receive(decode(encode(request)), now)
-    sender.gossip.answered(link, request, decode(encode(reply)), now)
+    if request is None:
+        sender.links.released(link)
+        return []
+    asked = list(encode(request))
+    reply = receiver.gossip.receive(decode(asked), now)
+    answered = list(encode(reply))
+    sender.gossip.answered(link, request, decode(answered), now)
+    sizes = [sum(map(len, asked)), sum(map(len, answered))]
     if reply.number is not None:
         assert sender.links.take(now) is link
-        talk(sender, receiver, link, now)
+        return sizes + talk(sender, receiver, link, now)
+    return sizes
 
 
-MAPS = ("applied", "confirms", "refused", "totals")  # fields that are objects with any names
+MAPS = ("applied", "recent", "confirms", "refused", "totals")  # fields that are objects with any names
 
 
 def with_more(value, name=None):

@@ -9,10 +9,9 @@ import pytest
 from conftest import wait_until
 from halves import A_SENDS, AT_A, AT_B, AT_ME, ME, NOBODY, A, B, C, Half, answer, introduction, talk
 
-from counter import APPLIED, GAP, NEEDS, Delta
+from counter import GAP, NEEDS, Delta
 from counter.links import LINK_IDLE_S, NEVER, PACING_S, backoff_s
-from counter.wire import Message, Sender, View, decode, encode, vector_hash
-from gossip import VECTOR_SHORT
+from counter.wire import Message, Sender, View, decode, encode
 
 
 def test_the_backoff_doubles_up_to_its_maximum_with_full_jitter():
@@ -32,7 +31,7 @@ def test_an_increment_is_due_at_once_and_travels_alone():
     node.counter.increment("x", 5)
     assert node.links.take(1.0) is link
     request = node.gossip.request(link, 0.0)
-    assert (request.applied, request.hash, request.deltas) == (None, None, [Delta(ME, 0, 1, {"x": (1, 5)})])
+    assert (request.applied, request.summary, request.deltas) == (None, None, [Delta(ME, 0, 1, {"x": (1, 5)})])
     node.gossip.answered(link, request, answer(confirms={ME: 1}), 1.0)
     assert node.links.take(9.0) is None
     assert node.gossip.unconfirmed() == {A: 0}
@@ -440,30 +439,6 @@ def test_a_heartbeat_answered_without_a_vector_is_no_answer():
         node.gossip.answered(link, node.gossip.request(link, 1.0), answer(), 1.0)
 
 
-def agreed_halves():
-    """Return two that have just found that their long vectors agree."""
-    node, peer = Half(), Half(A, AT_A)
-    for number in range(VECTOR_SHORT + 1):
-        delta = Delta(f"{number:08x}-1111-8111", 0, 1, {"x": (1, 1)})
-        assert node.counter.merge(delta, 0) == APPLIED
-        assert peer.counter.merge(delta, 0) == APPLIED
-    node.links.compare_soon([AT_A], 0.0)
-    talk(node, peer, node.links.take(0.0), 0.0)
-    return node, peer
-
-
-def test_long_vectors_that_agreed_are_compared_by_their_hash():
-    node, peer = agreed_halves()
-    node.links.compare_soon([AT_A], 1.0)
-    link = node.links.take(1.0)
-    assert node.gossip.request(link, 0.0).hash == vector_hash(node.counter.vector())
-    node.links.compare_soon([AT_A], 1.0)
-    peer.counter.increment("x", 7)
-    talk(node, peer, link, 1.0)
-    talk(node, peer, node.links.take(2.0), 2.0)
-    assert node.counter.value("x") == VECTOR_SHORT + 1 + 7
-
-
 def test_a_restarted_peer_is_owed_everything_again():
     node, first, second = Half(), Half(A, AT_A), Half(B, AT_A)
     node.counter.increment("x")
@@ -848,13 +823,6 @@ def test_the_time_that_a_message_waited_counts_for_the_ages_of_keys():
     """Uses of a key by two replicas, more than a window apart, are two requests, however late the first is heard of."""
     assert late_uses(3590.0) == 1
     assert late_uses(3610.0) == 2
-
-
-def test_a_link_that_is_new_where_vectors_agree_starts_with_a_hash():
-    node, _peer = agreed_halves()
-    node.table.heard(Sender(B, AT_B, 1, False), NOBODY, 1.0)  # so it is known who is there
-    node.links.compare_soon([AT_B], 1.0)
-    assert node.gossip.request(node.links.take(1.0), 1.0).hash == vector_hash(node.counter.vector())
 
 
 def test_links_to_the_many_that_are_not_pushed_to_are_closed_when_idle():

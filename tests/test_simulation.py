@@ -8,7 +8,7 @@ from coverage import Coverage
 from halves import with_more
 from simulation import TIMEOUT_S, Network, check_prefixes, increment, increment_many
 
-from counter import Counter, new_replica
+from counter import Counter, new_replica, vectors
 from counter.wire import decode
 
 ADDRESSES = [f"10.0.0.{number}:8080" for number in range(1, 6)]
@@ -84,9 +84,63 @@ def test_any_order_of_deltas_leads_to_the_same_exact_counts(block):
 def test_all_nodes_agree_whatever_the_network_did(seed):
     """Once the network is whole again, all nodes hold each increment that any live node holds."""
     network = Network(seed)
-    rng, payloads = network.rng, {}
     for address in ADDRESSES:
-        network.start(address, seeds=rng.sample(ADDRESSES, 2))
+        network.start(address, seeds=network.rng.sample(ADDRESSES, 2))
+    run_at_random(network)
+
+
+def a_past(rng, log, replicas):
+    """Return counters of nodes that are gone, which heard of some of what the others counted, one key at several."""
+    counters = [Counter(new_replica(rng.getrandbits)) for _ in range(replicas)]
+    for number in range(3 * replicas):
+        one, other = rng.sample(counters, 2)
+        increment(one, log, "a", 2, f"past-{number % replicas}", 0)
+        increment(one, log, rng.choice("abcdef"), 5, None, 0)
+        for delta in one.deltas(other.vector(), 300, 0):
+            other.merge(delta, 0)
+    return counters
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_nodes_whose_settled_vectors_differ_agree_whatever_the_network_did(seed, monkeypatch):
+    """What each holds of long ago differs, and settles early or late; some nodes may be of an older version."""
+    network = Network(seed)
+    rng = network.rng
+    monkeypatch.setattr(vectors, "SETTLING_S", rng.choice((0.0, 1.0, 5.0)))
+    monkeypatch.setattr(vectors, "CROWD", rng.choice((1, 6, 256)))
+    past, old = a_past(rng, network.log, 20), rng.choice((0, 0, 1, 3))
+    for address in ADDRESSES:
+        node = network.start(address, seeds=rng.sample(ADDRESSES, 2))
+        for counter in rng.sample(past, 5):
+            for delta in counter.deltas(node.counter.vector(), rng.choice((200, 10**6)), 0):
+                node.counter.merge(delta, 0)
+        if rng.random() < 0.7:
+            node.counter.was_loaded(0)
+        if address in ADDRESSES[:old]:
+            as_of_version_1(node)
+    run_at_random(network)
+    if not old and len(network.alive()[0].counter.vector()) > 20:
+        sent = network.messages, network.bytes
+        network.run(20)
+        assert (network.bytes - sent[1]) / (network.messages - sent[0]) < 23 * 20 + 700
+
+
+def as_of_version_1(node):
+    """Have a node send and understand what version 1 of messages has, which is no summary."""
+    sender, receive = node.table._sender_locked, node.gossip.receive
+    node.table._sender_locked = lambda: sender()._replace(v=1)
+    node.table.v_of = lambda id: 1
+
+    def receiving(message, *rest):
+        assert message.summary is None
+        return receive(message, *rest)
+
+    node.gossip.receive = receiving
+
+
+def run_at_random(network):
+    """Count, crash, pause, restart and split at random; assert that all agree once the network is whole."""
+    rng, payloads = network.rng, {}
     for _ in range(12):
         dice = rng.random()
         if dice < 0.2:

@@ -531,7 +531,7 @@ class Schedule:
             for delta in reader.deltas(self.wall()):
                 counter.merge(delta, self.now)
                 assert counter.holds(delta.replica, delta.through)
-        counter.keys_were_loaded(self.now)
+        counter.was_loaded(self.now)
 
     def settle(self):
         """Let everybody hear of everything, and check it."""

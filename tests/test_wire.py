@@ -8,14 +8,16 @@ import pytest
 from halves import A_SENDS, AT_A, AT_B, ME, NOBODY, A, B, C, with_more
 
 from counter import AMOUNT_MAX, GAP, NEEDS, Delta, wire
-from counter.wire import Message, Sender, View, decode, encode, lacks, vector_hash
+from counter.vectors import Summary
+from counter.wire import Message, Sender, View, decode, encode
 
 
 @pytest.mark.parametrize(
     "message",
     [
         Message(A_SENDS, View([(B, AT_B, 3)], [(C, 5)]), {A: 5}, None, None, []),
-        Message(A_SENDS._replace(version="1.2.3"), NOBODY, None, "0" * 32, {A: 5}, [], {A: GAP, B: NEEDS}),
+        Message(A_SENDS._replace(version="1.2.3"), NOBODY, None, None, {A: 5}, [], {A: GAP, B: NEEDS}, hash="0" * 32),
+        Message(A_SENDS, View([(B, AT_B, 3)], [(C, 5)]), None, Summary(2**127 + 1, {A: 5, B: 0}), None, []),
         Message(
             A_SENDS._replace(address=None, leaving=True), NOBODY, None, None, None, [Delta(A, 1, 3, {"x": (3, -7)})]
         ),
@@ -25,8 +27,8 @@ def test_a_message_survives_its_journey(message):
     assert decode(encode(message)) == message
 
 
-def test_where_there_is_a_hash_the_vector_stays_at_home():
-    message = Message(A_SENDS, NOBODY, {A: 5}, "0" * 32, None, [])
+def test_where_there_is_a_summary_the_vector_stays_at_home():
+    message = Message(A_SENDS, NOBODY, {A: 5}, Summary(7, {A: 5}), None, [])
     assert decode(encode(message)) == message._replace(applied=None)
 
 
@@ -37,8 +39,8 @@ def test_what_a_later_version_adds_is_ignored():
     """At every level: so the nodes of a cluster can be replaced by newer ones one by one."""
     keys = (2, DIGEST, "x", 1, 0.5), (3, DIGEST, "y", 1, 0.5, ((A, 1),))
     delta = Delta(B, 1, 3, {"x": (2, 5), "y": (3, 1)}, keys, ((A, 1), (C, 1)))
-    for applied, hash in (({A: 5}, None), (None, "0" * 32)):
-        message = Message(A_SENDS, View([(B, AT_B, 3)], [(C, 5)]), applied, hash, {B: 3}, [delta], {C: GAP})
+    for applied, summary in (({A: 5}, None), (None, Summary(7, {A: 5}))):
+        message = Message(A_SENDS, View([(B, AT_B, 3)], [(C, 5)]), applied, summary, {B: 3}, [delta], {C: GAP})
         (line,) = encode(message)
         fields = json.loads(line)
         more = with_more(fields)
@@ -47,8 +49,8 @@ def test_what_a_later_version_adds_is_ignored():
 
 
 def test_a_later_version_says_which_it_is():
-    assert decode([json.dumps(with_sender() | {"v": 7}).encode()]).v == 7
-    assert decode(encode(Message(A_SENDS, NOBODY, None, None, None, []))).v == wire.VERSION
+    assert decode([json.dumps(with_sender() | {"v": 7}).encode()]).sender.v == 7
+    assert decode(encode(Message(A_SENDS, NOBODY, None, None, None, []))).sender.v == wire.VERSION
 
 
 # Recorded from nodes of version 1.0.0, commit 1601b23.
@@ -70,15 +72,15 @@ RECORDED = [
 
 def test_what_nodes_of_version_1_0_send_is_understood():
     """It says neither its version nor whom it is for."""
-    sender = Sender(A, AT_A, 7, False)
+    sender = Sender(A, AT_A, 7, False, v=0)
     cancelling = Delta(ME, 0, 1, {"x": (1, -4)}, (), ((A, 1), (B, 1)))
     deltas = [Delta(A, 1, 3, {"y": (3, 1), "x": (2, -5)}, ((3, DIGEST, "y", 1, 0.5),)), cancelling]
     view = View([(B, AT_B, 3), (C, "[::1]:80", 9)], [(ME, wire.BEAT_MAX)])
     assert [decode([body]) for body in RECORDED] == [
-        Message(sender, view, {A: 3, B: 2}, None, None, deltas, v=0),
-        Message(sender._replace(address=None, leaving=True), NOBODY, None, "0" * 32, {B: 2}, [], v=0),
-        Message(sender, NOBODY, None, None, None, [Delta(A, 0, 1, {"default": (1, 1)})], v=0),
-        Message(sender, NOBODY, None, None, {B: 2}, [], v=0),
+        Message(sender, view, {A: 3, B: 2}, None, None, deltas),
+        Message(sender._replace(address=None, leaving=True), NOBODY, None, None, {B: 2}, [], hash="0" * 32),
+        Message(sender, NOBODY, None, None, None, [Delta(A, 0, 1, {"default": (1, 1)})]),
+        Message(sender, NOBODY, None, None, {B: 2}, []),
     ]
 
 
@@ -141,6 +143,11 @@ def test_what_is_no_message_is_refused(body):
         with_sender() | {"applied": {A: 2**62}},
         with_sender() | {"applied": {A: "1"}},
         with_sender() | {"hash": 1},
+        with_sender() | {"rest": "0" * 32},
+        with_sender() | {"rest": "0" * 31 + "g", "recent": {}},
+        with_sender() | {"rest": 1, "recent": {}},
+        with_sender() | {"rest": "0" * 32, "recent": {A: -1}},
+        with_sender() | {"rest": "0" * 32, "recent": [A]},
         with_sender() | {"confirms": {A: None}},
         with_sender() | {"confirms": [A]},
         with_sender() | {"deltas": {}},
@@ -295,15 +302,3 @@ def test_a_message_damaged_anywhere_is_refused_or_still_makes_sense(seed):
                 line[rng.randrange(len(line))] = rng.randrange(256)
             with contextlib.suppress(ValueError):
                 assert list(encode(decode(map(bytes, damaged))))
-
-
-def test_equal_vectors_have_equal_hashes():
-    assert vector_hash({A: 1, B: 2}) == vector_hash({B: 2, A: 1})
-    assert vector_hash({A: 1, B: 2}) != vector_hash({A: 2, B: 1})
-
-
-def test_lacking_is_to_hold_less_of_any_replica():
-    assert not lacks({A: 2}, {A: 2})
-    assert not lacks({A: 2, B: 1}, {A: 1})
-    assert lacks({A: 2}, {A: 1, B: 1})
-    assert lacks({}, {A: 1})

@@ -1,0 +1,209 @@
+"""Version vectors, {replica: sequence}: what a node holds, and how two nodes compare it.
+
+Most replicas are gone for good, and their entries never change again.  A Vector keeps these apart,
+as its *settled* part, which all vectors made from it share.  Between nodes a vector travels as a
+Summary: the entries that changed lately, and one hash for all others.  A node that gets it takes the
+same entries off its own vector and hashes the rest.  If the hashes agree, it knows the whole vector
+of its peer.  So what a heartbeat says, and what it costs, does not grow with the past of the cluster.
+
+Source: Bellare, Micciancio, "A New Paradigm for Collision-Free Hashing: Incrementality at Reduced
+Cost" (1997), for a hash that is the sum of the hashes of all entries (AdHash).
+"""
+
+import hashlib
+from array import array
+from bisect import bisect_left
+from collections import namedtuple
+from collections.abc import Mapping
+
+from counter.ids import replica_bits, replica_of
+
+SETTLING_S = 60.0  # an entry that did not change for so long, and twice that at most, is settled
+CROWD = 256  # entries that changed; of more, as after a join, those that did not change for a second are settled
+HASH_BITS = 128
+
+# What a message says of a vector: `recent` are some of its entries, {replica: sequence}, 0 for what is
+# not held; `rest` is the hash of all others, 0 if there are none.
+Summary = namedtuple("Summary", "rest recent")
+
+
+def lacks(vector, other):
+    """Return whether a node that holds `vector` lacks something that `other` shows."""
+    return bool(Vector.of(other).beyond(vector))
+
+
+class Vector(Mapping):
+    """A version vector that never changes.  `recent` takes precedence over `settled`; 0 is an entry that is gone."""
+
+    __slots__ = ("_hash", "_recent", "_settled")
+
+    def __init__(self, recent, settled=None):
+        self._recent, self._settled = recent, settled or NOTHING
+        self._hash = None  # of all entries, once it is needed
+
+    @classmethod
+    def of(cls, entries):
+        """Return a Vector with the entries of a mapping."""
+        return entries if type(entries) is cls else cls(entries)
+
+    def get(self, replica, default=0):
+        sequence = self._recent.get(replica)
+        if sequence is None:
+            sequence = self._settled.get(replica)
+        return sequence or default
+
+    def __getitem__(self, replica):
+        if sequence := self.get(replica):
+            return sequence
+        raise KeyError(replica)
+
+    def __iter__(self):
+        yield from (replica for replica, sequence in self._recent.items() if sequence)
+        yield from (replica for replica in self._settled if replica not in self._recent)
+
+    def __len__(self):
+        held, replaced = sum(map(bool, self._recent.values())), sum(map(bool, map(self._settled.get, self._recent)))
+        return len(self._settled) + held - replaced
+
+    def __eq__(self, other):
+        return not self.differing(other) if isinstance(other, Mapping) else NotImplemented
+
+    __hash__ = None
+
+    def __repr__(self):
+        return f"Vector({dict(self)})"
+
+    def updated(self, entries):
+        """Return this vector with other entries for some replicas."""
+        return Vector({**self._recent, **entries}, self._settled)
+
+    def differing(self, other):
+        """Return the replicas whose entries differ, a set.  That is quick where the settled parts are the same."""
+        other = Vector.of(other)
+        replicas = self._recent.keys() | other._recent.keys()
+        if self._settled is not other._settled:
+            replicas |= self._settled.differing(other._settled)
+        return {replica for replica in replicas if self.get(replica) != other.get(replica)}
+
+    def beyond(self, other):
+        """Return [(replica, sequence, sequence in the other)] of the entries that are greater here than there."""
+        entries = ((replica, self.get(replica), other.get(replica, 0)) for replica in self.differing(other))
+        return [(replica, mine, its) for replica, mine, its in entries if mine > its]
+
+    # What messages say of it.
+
+    def summary(self, listed=()):
+        """Return the Summary that lists the recent entries and those of some more replicas."""
+        recent = {replica: self.get(replica) for replica in {*self._recent, *listed}}
+        return Summary(self._hash_without(recent), recent)
+
+    def listing(self):
+        """Return the Summary that lists all entries."""
+        return Summary(0, dict(self))
+
+    def completed(self, summary):
+        """Return the vector that a Summary is of; None if its other entries are not the same as here."""
+        if not summary.rest:
+            return Vector(summary.recent)
+        same = self._hash_without(summary.recent) == summary.rest
+        return self.updated(summary.recent) if same else None
+
+    def _hash_without(self, replicas):
+        """Return the hash of the entries of all replicas but these."""
+        if self._hash is None:
+            self._hash = self._settled.hash + sum(
+                _hash(replica, sequence) - _hash(replica, self._settled.get(replica))
+                for replica, sequence in self._recent.items()
+            )
+        return (self._hash - sum(_hash(replica, self.get(replica)) for replica in replicas)) % 2**HASH_BITS
+
+
+class _Settled:
+    """Entries in columns, 16 bytes each, ordered by replica; `hash` is that of all of them."""
+
+    __slots__ = ("_bits", "_sequences", "hash")
+
+    def __init__(self, entries, hash):
+        """`entries` are sorted pairs: the bits of a replica id, and a sequence."""
+        self._bits = array("Q", [bits for bits, _ in entries])
+        self._sequences = array("Q", [sequence for _, sequence in entries])
+        self.hash = hash
+
+    def __len__(self):
+        return len(self._bits)
+
+    def __iter__(self):
+        return map(replica_of, self._bits)
+
+    def get(self, replica):
+        """Return the sequence of a replica, 0 if it has none."""
+        if not self._bits:
+            return 0
+        bits = replica_bits(replica)
+        place = bisect_left(self._bits, bits)
+        return self._sequences[place] if place < len(self._bits) and self._bits[place] == bits else 0
+
+    def updated(self, entries):
+        """Return these entries with others for some replicas, {replica: sequence}; 0 drops one."""
+        held, hash = dict(zip(self._bits, self._sequences, strict=True)), self.hash
+        for replica, sequence in entries.items():
+            bits = replica_bits(replica)
+            hash += _hash(replica, sequence) - _hash(replica, held.pop(bits, 0))
+            if sequence:
+                held[bits] = sequence
+        return _Settled(sorted(held.items()), hash % 2**HASH_BITS)
+
+    def differing(self, other):
+        """Return the replicas whose entries differ, a set."""
+        mine, its = (set(zip(one._bits, one._sequences, strict=True)) for one in (self, other))
+        return {replica_of(bits) for bits, _ in mine ^ its}
+
+
+NOTHING = _Settled([], 0)
+
+
+class Changes:
+    """Which replicas changed lately, and so what of a vector is settled.  Not for several threads at once.
+
+    Two generations of changes are kept, so that nothing has to be remembered per replica.  `own` is the
+    replica that counts here, which never settles; held(replica) returns the sequence of any, 0 if none.
+    """
+
+    def __init__(self):
+        self._young, self._old, self._settled = set(), set(), NOTHING
+        self._turned_at = -float("inf")
+
+    def touch(self, replica):
+        """Take note that the entry of a replica is about to change, or to go."""
+        self._young.add(replica)
+
+    def vector(self, own, held):
+        """Return the Vector as it is now."""
+        recent = {replica: held(replica) for replica in {own, *self._young, *self._old}}
+        gone = {replica for replica, sequence in recent.items() if not sequence and not self._settled.get(replica)}
+        return Vector({replica: recent[replica] for replica in recent.keys() - gone}, self._settled)
+
+    def settle(self, own, held):
+        """Settle all that has changed: it was read from a file, and will not change soon."""
+        self._settle((self._young | self._old) - {own}, held)
+        self._young, self._old = set(), set()
+
+    def grow_older(self, own, held, now):
+        """Settle what has not changed for a while; return whether there was anything."""
+        if now - self._turned_at < SETTLING_S and max(len(self._young), len(self._old)) <= CROWD:
+            return False
+        quiet = self._old - self._young - {own}
+        self._settle(quiet, held)
+        self._young, self._old, self._turned_at = set(), self._young, now
+        return bool(quiet)
+
+    def _settle(self, quiet, held):
+        if quiet:
+            self._settled = self._settled.updated({replica: held(replica) for replica in quiet})
+
+
+def _hash(replica, sequence):
+    """Return the hash of an entry as a number; that of one that is not held is 0."""
+    if not sequence:
+        return 0
+    return int.from_bytes(hashlib.sha256(f"{replica} {sequence}".encode()).digest()[: HASH_BITS // 8], "big")
