@@ -100,7 +100,13 @@ class Node:
         )
         self.heartbeat = Heartbeat(self.table, config.heartbeat_interval, self._swept)
         parts = self.counter, self.table, self.gossip
-        status = Status(*parts, self.replicator.traffic, self.server, self.store, self.readiness)
+        limits = {
+            "counters": config.max_counters,
+            "idempotency_keys": config.max_idempotency_keys,
+            "connections": config.max_connections,
+            "waiting_requests": config.max_waiting,
+        }
+        status = Status(*parts, self.replicator.traffic, self.server, self.store, limits, self.readiness)
         self.api = Api(config, *parts, self.replicator, self.server, self.store, self.tokens, status)
 
     def _files_of(self, config):

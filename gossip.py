@@ -12,6 +12,7 @@ from counter.confirmations import NOTHING_HELD, is_long
 from counter.freshness import Freshness
 from counter.ids import SEQUENCE_MAX
 from counter.links import LINK_IDLE_S
+from counter.past import Past
 from counter.roster import ACTIVE, LOST
 from counter.state import APPLIED, GAP, NEEDS
 from counter.vectors import Vector, lacks
@@ -42,6 +43,7 @@ class Gossip:
         self._number = 0  # of the latest request
         self._numbers = Numbers()  # of the requests that came
         self._clocks = Clocks()
+        self.past = Past(counter, table)
         self._say_if_ready()
 
     def swept(self, addresses, seeds, now):
@@ -50,6 +52,7 @@ class Gossip:
         self._follow_membership(now)
         self.freshness.look(now)  # the sweep may have found peers to be lost
         self._counter.expire(now)
+        self.past.look(now)
         if not self._joining.ready:
             refusals = self._links.refusals(self._table.seed_addresses())
             own, mine = self._counter.replica, self._counter.vector()

@@ -9,7 +9,7 @@ import platform
 import time
 from itertools import accumulate
 
-from counter import __version__
+from counter import __version__, process
 from counter.metrics import BUCKETS_S, TIMED_ONE_IN
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -20,15 +20,17 @@ DURATION_HELP = (
 )
 
 
-def render(counter, table, gossip, traffic, server, store, started_at, now):
+def render(counter, table, gossip, traffic, server, store, limits, started_at, now):
     """Return the metrics of a node as text.
 
-    `store` is None without a data file.  `started_at` is the node's start in seconds since 1970;
-    `now` is of the clock its peer table uses.
+    `store` is None without a data file; `limits` are {what is limited: how many there may be}.
+    `started_at` is the node's start in seconds since 1970; `now` is of the clock its peer table uses.
     """
     families = [
         *_counts(counter),
+        *_past(gossip.past.weight()),
         *_requests(server),
+        *_limits(limits),
         *_peers(table.snapshot(now), gossip.unconfirmed()),
         *_traffic(traffic.numbers()),
         *(_data(store) if store else ()),
@@ -54,8 +56,15 @@ def _counts(counter):
     yield _single("counter_counters", "gauge", "Counters known, windowed ones included.", counters)
     yield _single("counter_windows", "gauge", "Windows held of windowed counters.", counter.held_windows)
     yield _single("counter_idempotency_keys", "gauge", "Idempotency keys remembered.", keys)
-    help = "Replicas known: every process that ever counted, and cancellations."
-    yield _single("counter_replicas", "gauge", help, len(vector))
+
+
+def _past(weight):
+    kinds = {"active": weight.active, "inactive": weight.inactive, "cancellation": weight.cancellations}
+    help = "Replicas that counted: those of nodes that are active, those of others, and cancellations."
+    yield "counter_replicas", "gauge", help, [("", {"kind": kind}, number) for kind, number in kinds.items()]
+    entries = {"active": weight.active_entries, "inactive": weight.inactive_entries}
+    help = "Entries in their histories, one for each counter that a replica touched."
+    yield "counter_entries", "gauge", help, [("", {"kind": kind}, number) for kind, number in entries.items()]
 
 
 def _requests(server):
@@ -71,6 +80,12 @@ def _requests(server):
     help = "Open connections: of clients, of peers, and of guests, which were neither so far."
     samples = [("", {"kind": kind}, number) for kind, number in server.connections().items()]
     yield "counter_connections", "gauge", help, samples
+    yield _single("counter_waiting_requests", "gauge", "Requests that wait for something.", server.waiting())
+
+
+def _limits(limits):
+    for what, most in limits.items():
+        yield _single(f"counter_{what}_limit", "gauge", f"How many counter_{what} there may be.", most)
 
 
 def _peers(peers, unconfirmed):
@@ -122,6 +137,18 @@ def _process(started_at):
     help = "Start of this node, in seconds since 1970."
     yield _single("process_start_time_seconds", "gauge", help, round(started_at, 3))
     yield _single("process_cpu_seconds_total", "counter", "User and system CPU time spent.", time.process_time())
+    for name, help, value in (
+        ("process_resident_memory_bytes", "Memory of this process.", process.resident_bytes()),
+        (
+            "counter_memory_limit_bytes",
+            "Memory it may have, in its container or the machine.",
+            process.memory_limit_bytes(),
+        ),
+        ("process_open_fds", "Open files and sockets.", process.open_files()),
+        ("process_max_fds", "Files and sockets that it may have open.", process.open_files_max()),
+    ):
+        if value is not None:
+            yield _single(name, "gauge", help, value)
 
 
 def _histogram(route, tally):

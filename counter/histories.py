@@ -6,6 +6,7 @@ prepared is taken back.
 """
 
 from array import array
+from collections import namedtuple
 from itertools import chain, repeat
 from operator import add, setitem, sub
 
@@ -14,6 +15,10 @@ from counter.keys import Use
 from counter.streams import OwnStream, Stream
 from counter.values import Values
 from counter.windows import NEVER, end_of, is_window, listed_name
+
+# How many replicas that have counted are active, and how many are not; how many cancellations there are;
+# and how many entries the histories of those two have.
+Weight = namedtuple("Weight", "active inactive cancellations active_entries inactive_entries")
 
 
 class TooManyCounters(Exception):
@@ -217,6 +222,13 @@ class Histories:
         if retired and forgotten:
             self.counters.free([n for n in set(forgotten) if n in retired and not self._keys.refers_to(n)])
         forgotten.clear()
+
+    def weight(self, active):
+        """Return how much is held of whom, without the cancellations; `active` are the replicas of active peers."""
+        streams = [self.streams[replica] for replica in {self.own.replica, *active} if replica in self.streams]
+        entries, present = sum(map(len, self.streams.values())), sum(map(len, streams))
+        counting = sum(self.applied[stream.replica] > 0 for stream in streams)
+        return Weight(counting, len(self.streams) - len(streams), 0, present, entries - present)
 
     def renew(self):
         """Go on under a new replica id; what was counted so far is then the past of another replica."""

@@ -62,6 +62,11 @@ class Lane:
         with self._changed:
             self._has_thread_for_locked(0)
 
+    @property
+    def busy(self):
+        """How many threads do a job."""
+        return self._live - self._idle
+
     def stop(self, timeout_s):
         """Let the threads finish their jobs and end; return whether they did in time."""
         with self._changed:

@@ -125,6 +125,10 @@ class Server(ThreadingHTTPServer):
         """Return {kind: number of open connections}."""
         return self._poller.numbers()
 
+    def waiting(self):
+        """Return how many requests wait for something that others do."""
+        return self._lanes[WAITS].busy
+
     def recognise_peer(self, connection):
         """Take note that a connection is a peer's; to be called by an action on that connection."""
         connection.is_peer = True

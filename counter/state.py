@@ -287,6 +287,11 @@ class Counter:
         """How many windows of windowed counters this node holds."""
         return self._counters.windows
 
+    def weight(self, active):
+        """Return how much is held of whom, a Weight; `active` are the replicas of the peers that are."""
+        with self._lock:
+            return self._histories.weight(active)._replace(cancellations=len(self._cancelled))
+
     def holds(self, replica, sequence):
         """Return whether this dot has been applied here."""
         return self._held(replica) >= sequence

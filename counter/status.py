@@ -11,13 +11,14 @@ from counter.routing import QUICK, action
 class Status:
     """The routes that change nothing and read every part of a node.  Without --data, `store` is None.
 
-    `readiness` is a function that returns (ready, alone, what the node waits for).
+    `limits` are {what is limited: how many there may be}; `readiness` is a function that returns (ready,
+    alone, what the node waits for).
     """
 
-    def __init__(self, counter, table, gossip, traffic, server, store, readiness):
+    def __init__(self, counter, table, gossip, traffic, server, store, limits, readiness):
         self._counter, self._table, self._gossip = counter, table, gossip
         self._traffic, self._server, self._store = traffic, server, store
-        self._readiness = readiness
+        self._limits, self._readiness = limits, readiness
         self._started, self._started_at = time.monotonic(), time.time()
 
     def peers(self, head):
@@ -91,6 +92,7 @@ class Status:
                 self._traffic,
                 self._server,
                 self._store,
+                self._limits,
                 self._started_at,
                 time.monotonic(),
             )

@@ -91,7 +91,37 @@ def test_what_is_counted_is_exposed(connect):
     assert found["counter_value", ("name", "a")] == -2
     assert found["counter_value", ("name", "b")] == 1
     assert found[("counter_counters",)] == 2
-    assert found[("counter_replicas",)] == 1
+    assert found["counter_replicas", ("kind", "active")] == 1
+    assert found["counter_replicas", ("kind", "inactive")] == found["counter_replicas", ("kind", "cancellation")] == 0
+    assert found["counter_entries", ("kind", "active")] == 2
+    assert found["counter_entries", ("kind", "inactive")] == 0
+
+
+def test_limits_stand_beside_what_they_limit(connect, node):
+    """Also those of the system, with the names that Prometheus's own clients give them."""
+    found = scrape(connect())
+    config = node.config
+    for name, most in (
+        ("counters", config.max_counters),
+        ("idempotency_keys", config.max_idempotency_keys),
+        ("connections", config.max_connections),
+        ("waiting_requests", config.max_waiting),
+    ):
+        assert found[(f"counter_{name}_limit",)] == most
+        assert [key for key in found if key[0] == f"counter_{name}"]
+    assert 10 < found[("process_open_fds",)] < found[("process_max_fds",)]
+    assert 2**20 < found[("process_resident_memory_bytes",)] < found[("counter_memory_limit_bytes",)]
+    assert found[("counter_waiting_requests",)] == 0
+
+
+def test_requests_that_wait_are_counted(connect, node):
+    waiting = connect()
+    waiting.request("POST", "/increment?acks=2&timeout=20")
+    connection = connect()
+    wait_until(lambda: scrape(connection)[("counter_waiting_requests",)] == 1)
+    node.gossip.stop_waiting()
+    assert waiting.getresponse().read()
+    wait_until(lambda: scrape(connection)[("counter_waiting_requests",)] == 0)
 
 
 def test_only_so_many_counters_are_exposed_one_by_one(connect, node, monkeypatch):
