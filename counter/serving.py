@@ -24,6 +24,7 @@ from counter.lanes import PEERS, SLOW, WAITS, Lane
 from counter.places import CLIENT, GUEST, PEER, Places, guests_for
 from counter.poller import Complaints, Poller
 from counter.tls import TlsConnection
+from counter.transport import UNSENT_LIMIT
 
 log = logging.getLogger("counter.serving")
 
@@ -88,6 +89,8 @@ class Server(ThreadingHTTPServer):
     def server_bind(self):
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        for option in UNSENT_LIMIT:  # connections inherit it
+            self.socket.setsockopt(*option)
         socketserver.TCPServer.server_bind(self)  # HTTPServer would look up the host's name as well
 
     def start(self, api):

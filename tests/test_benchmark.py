@@ -77,6 +77,13 @@ def test_fresh_reads_are_never_stale():
     assert second.startswith("fresh=false: 40 reads, ")
 
 
+def test_a_node_joins_over_a_narrow_link():
+    """It is ready once it holds all, and not before; the state crosses once, and nobody is lost meanwhile."""
+    command = [sys.executable, PROJECT / "benchmarks" / "slow_join.py", "--megabytes", "0.5", "--kilobytes-per-s", "80"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=90)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_two_checkouts_are_compared():
     """Each figure has a line with both, and how many times better the one is in which the benchmark lies."""
     result = run_benchmark(*TINY, "--only", "single", "--connections", "8", "--paired", PROJECT)

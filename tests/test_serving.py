@@ -5,6 +5,7 @@ import itertools
 import logging
 import random
 import select
+import socket
 import socketserver
 import sys
 import threading
@@ -358,6 +359,17 @@ def test_a_page_of_an_allowed_site_may_get_an_answer_in_pieces(start_local, conn
     monkeypatch.setattr(node.api._router, "action", lambda head: in_pieces)
     reply = connect(node).ask("GET", "/count", "Origin: https://a.example")
     assert (reply.headers["access-control-allow-origin"], reply.body) == ("https://a.example", b"a")
+
+
+def test_the_kernel_keeps_little_of_an_answer(client, node, monkeypatch):
+    """Or what a slow link has yet to carry would look as sent, and a peer at its other end as silent."""
+    made = []
+    pieces = (made.append(piece) or piece for piece in [http1.response(200, b"x")[:-1], *[b"x" * 40_000] * 100])
+    answering(monkeypatch, node, lambda *_: pieces)
+    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.send(request("GET", "/anything"))
+    wait_until(lambda: node.server._poller._held)  # now the connection takes no more
+    assert sum(map(len, made)) < 800_000
 
 
 def test_a_bug_within_an_answer_in_pieces_ends_the_connection(client, node, monkeypatch, caplog):
