@@ -65,12 +65,12 @@ def start_node(peers=(), flags=(), checkout=PROJECT):
 
 
 @contextlib.contextmanager
-def cluster(size, checkout=PROJECT):
-    """Start nodes that all know each other; end them."""
+def cluster(size, checkout=PROJECT, flags=lambda number: ()):
+    """Start nodes that all know each other, the first with flags(0); end them."""
     with contextlib.ExitStack() as stack:
-        nodes = [stack.enter_context(start_node(checkout=checkout))]
+        nodes = [stack.enter_context(start_node((), flags(0), checkout))]
         nodes[0].wait_listening()
-        nodes += [stack.enter_context(start_node(nodes[:1], checkout=checkout)) for _ in range(size - 1)]
+        nodes += [stack.enter_context(start_node(nodes[:1], flags(number), checkout)) for number in range(1, size)]
         for node in nodes[1:]:
             node.wait_listening()
         socks = [stack.enter_context(connect(node.port)) for node in nodes]

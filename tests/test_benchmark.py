@@ -84,6 +84,16 @@ def test_a_node_joins_over_a_narrow_link():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_the_cost_of_a_data_file_is_measured(tmp_path):
+    command = [sys.executable, PROJECT / "benchmarks" / "data.py", "--folder", tmp_path]
+    tiny = shlex.split("--rounds 1 --seconds 0.03 --counters 250")
+    result = subprocess.run([*command, *tiny], check=False, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    for what in ("as a share of without", "memory of a node", "32 connections: latency p99", "reads meanwhile, p99"):
+        assert sum(what in line for line in result.stdout.splitlines()) == 1, what
+    assert "restart with 250 counters: seconds until ready" in result.stdout
+
+
 def test_two_checkouts_are_compared():
     """Each figure has a line with both, and how many times better the one is in which the benchmark lies."""
     result = run_benchmark(*TINY, "--only", "single", "--connections", "8", "--paired", PROJECT)
