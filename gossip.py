@@ -251,7 +251,11 @@ class Gossip:
         def reached():
             return 1 + len(self._confirmations.holders(replica, sequence) & {id for id, _ in self._table.active()})
 
-        self._confirmations.wait(lambda: reached() >= wanted, timeout_s, (replica, sequence))
+        def is_over():
+            self._links.hurry()
+            return reached() >= wanted
+
+        self._confirmations.wait(is_over, timeout_s, (replica, sequence))
         return reached()
 
     def stop_waiting(self):

@@ -117,6 +117,11 @@ class Confirmations:
 
     # What others ask.
 
+    @property
+    def awaited(self):
+        """Whether somebody waits for a peer to confirm something."""
+        return bool(self._waiters)
+
     def holders(self, replica, sequence):
         """Return the ids of the replicas that are known to hold a dot; the one that counted it does anyway."""
         with self._lock:

@@ -15,6 +15,8 @@ log = logging.getLogger("counter.replication")
 
 NEVER = float("inf")
 PACING_S = 0.01  # between two pushes to one peer, times the number of push links
+STREAM = 10  # increments in one push that show that many are being counted: the next ones come less often
+STREAM_PACING_S = 0.05  # at most, then: so that increments reach all nodes within 100 ms
 SLOW_S = 1.0  # a send that takes longer may well take until its timeout
 DOUBTFUL_MAX = 8  # sends at a time that may, each in a thread that others need not wait for
 FAILURE_S, FAILURES_MAX = 1.0, 10  # how much later, of those, one is tried for each failure
@@ -50,6 +52,7 @@ class Link:
         self.compares = True  # the message in flight compares vectors, and does not only push
         self.last_sent_at = -NEVER
         self.pushed_at = -NEVER  # when increments were last pushed, and nothing else was sent
+        self.pacing_s = 0.0  # from then to the next push, at least
         self.failures = 0  # sends in a row that got no good answer; the first was logged
         self.refusal = None  # why a node there refuses this one, until it gives a good answer
         self.retry_at = -NEVER  # no push before that; NEVER: until a heartbeat is answered
@@ -99,6 +102,11 @@ class Links:
             with self._lock:
                 self.asleep = False
                 self._due_changed.notify()
+
+    def hurry(self):
+        """Have a worker look for due links, as somebody waits for a push."""
+        with self._lock:
+            self._due_changed.notify()
 
     def compare_soon(self, addresses, now):
         """Compare vectors with those addresses, as soon as they do not back off."""
@@ -176,6 +184,7 @@ class Links:
         """Yield (when to send over it, link) for all links that are free and have something to send."""
         own, vectors, push_links = self._counter.sequence, self._confirmations.vectors, self._push_links
         replica, pacing_s = self._counter.replica, self._pacing_s_locked()
+        is_awaited = self._confirmations.awaited
         for link in self._scheduled:
             if not link.in_flight and link not in push_links:
                 yield link.compare_at, link
@@ -184,8 +193,10 @@ class Links:
                 at = link.compare_at
                 if own and vectors.get(link.peer, _NOTHING).get(replica, 0) < own:
                     # A heartbeat does not delay the push after it, or every second some increments would come late.
+                    # Nor does pacing beyond its least delay clients who wait for acks.
+                    paced = pacing_s if is_awaited else max(pacing_s, link.pacing_s)
                     sent_until = self._confirmations.sent_until(link.peer, replica)
-                    at = min(at, max(link.pushed_at + pacing_s, link.retry_at, sent_until))
+                    at = min(at, max(link.pushed_at + paced, link.retry_at, sent_until))
                 if at < NEVER:
                     yield at, link
 
@@ -266,8 +277,15 @@ class Links:
         if link.compare_at <= now:
             self._unschedule_locked(link)
         if not link.compares:
-            link.pushed_at = now
+            link.pushed_at, link.pacing_s = now, self._next_pacing_s_locked(link)
         return link, next_at
+
+    def _next_pacing_s_locked(self, link):
+        """Return how long the push after the one over this link has to wait: longer while increments stream."""
+        confirmed = self._confirmations.vectors.get(link.peer, _NOTHING).get(self._counter.replica, 0)
+        if self._counter.sequence - confirmed < STREAM:
+            return 0.0
+        return min(STREAM_PACING_S, 2 * max(link.pacing_s, self._pacing_s_locked()))
 
     def answered(self, link, peer, again=False, hold=False, now=0.0):
         """Record that `peer`, a replica id, gave a good answer; the link is free again.

@@ -1,5 +1,6 @@
 """What becomes due when, and what is made of messages, on a hand-driven clock."""
 
+import itertools
 import logging
 import random
 import threading
@@ -10,7 +11,7 @@ from conftest import wait_until
 from halves import A_SENDS, AT_A, AT_B, AT_ME, ME, NOBODY, A, B, C, Half, answer, introduction, talk
 
 from counter import GAP, NEEDS, Delta
-from counter.links import LINK_IDLE_S, NEVER, PACING_S, backoff_s
+from counter.links import LINK_IDLE_S, NEVER, PACING_S, STREAM_PACING_S, backoff_s
 from counter.wire import Message, Sender, View, decode, encode
 
 
@@ -49,6 +50,52 @@ def test_what_is_counted_during_a_send_goes_in_the_next_after_a_pause():
     assert node.links.take(1.002) is None
     assert node.links.take(1.0 + PACING_S) is link
     assert node.gossip.request(link, 0.0).deltas == [Delta(ME, 1, 2, {"x": (2, 2)})]
+
+
+def pushes(node, link, until, interval_s):
+    """Count an increment every interval, have every push confirmed after 1 ms, and return when they were sent."""
+    now, sent = 1.0, []
+    while now < until:
+        node.counter.increment("x")
+        if node.links.take(now):
+            sent.append(now)
+            node.gossip.answered(
+                link, node.gossip.request(link, now), answer(confirms={ME: node.counter.sequence}), now
+            )
+        now += interval_s
+    return sent
+
+
+def test_pushes_are_rarer_while_increments_stream():
+    node = Half()
+    link = node.meet()
+    sent = pushes(node, link, 2.0, 0.0005)
+    gaps = [after - before for before, after in itertools.pairwise(sent)]
+    assert gaps[0] == pytest.approx(PACING_S, abs=0.001)
+    assert gaps[-1] == max(gaps) == pytest.approx(STREAM_PACING_S, abs=0.001)
+    for now in (3.0, 4.0, 4.0 + PACING_S):  # once they stream no more
+        node.counter.increment("x")
+        assert node.links.take(now) is link
+        node.gossip.answered(link, node.gossip.request(link, now), answer(confirms={ME: node.counter.sequence}), now)
+
+
+def test_few_increments_are_pushed_as_soon_as_ever():
+    node = Half()
+    assert len(pushes(node, node.meet(), 2.0, 2 * PACING_S)) == 50
+
+
+def test_a_client_that_waits_for_acks_ends_long_pacing():
+    node = Half()
+    link = node.meet()
+    last = pushes(node, link, 2.0, 0.0005)[-1]
+    node.counter.increment("x")
+    assert node.links.take(last + PACING_S) is None
+    waiting = threading.Thread(target=node.gossip.wait_for_acks, args=(ME, node.counter.sequence, 2, 60))
+    waiting.start()
+    wait_until(lambda: node.links.take(last + PACING_S) is link)
+    node.gossip.answered(link, node.gossip.request(link, last), answer(confirms={ME: node.counter.sequence}), last)
+    waiting.join(60)
+    assert not waiting.is_alive()
 
 
 def test_a_push_that_a_heartbeat_of_the_peer_made_needless_is_not_sent():
