@@ -21,11 +21,12 @@ from counter import (
     http1,
     increment_id,
     parameters,
+    watching,
     wire,
 )
 from counter.connections import STOPPING
 from counter.http1 import Refused, unavailable
-from counter.lanes import PEERS, QUICK, SLOW, WAITS
+from counter.lanes import PEERS, QUICK, SLOW, STREAMS, WAITS
 from counter.parameters import BY_NAME, BY_VALUE
 from counter.routing import Router, action, refusing, with_headers
 from counter.signing import HEADER, PATH
@@ -69,6 +70,8 @@ class Api:
             "/increments": {"POST": self._increment_many},
             "/increments/ID": {"GET": self._increment_status},
             "/counts": {"GET": self._counts},
+            "/watch": {"GET": self._watch},
+            "/watch/NAME": {"GET": self._watch},
             "/peers": {"GET": status.peers},
             "/healthz": {"GET": status.healthz},
             "/readyz": {"GET": status.readyz},
@@ -97,6 +100,10 @@ class Api:
         if head.path != PATH or head.length <= BODY_MAX:
             return None
         return self._replicator.incoming(head.headers.get(HEADER.lower(), ""))
+
+    def wake_on_change(self, event):
+        """Have event.set() called once a count changes; it must not block."""
+        self._counter.wake_on_change(self._counter.vector(), event)
 
     def action(self, head):
         """Return what answers a request with this head; Refused if nothing does."""
@@ -257,6 +264,21 @@ class Api:
             return http1.ok(f'{{{_standing(self._counter, name, last)}, "nodes": {read.nodes}}}\n')
 
         return count
+
+    def _watch(self, head, name="default"):
+        name = parameters.name(name)
+        http1.parse_query(head.query, ())
+        access = self._tokens.access(head) if self._tokens else None
+        counter = self._counter
+
+        @action(STREAMS)
+        def watch(_body, _connection):
+            found = watching.Watch(name, lambda: counter.value(name), lambda: access is None or access.valid)
+            return http1.unending(watching.CONTENT_TYPE, watching.HEADERS) + (
+                found.next(time.monotonic()) or b""
+            ), found
+
+        return watch
 
     def _counts(self, head):
         query = http1.parse_query(head.query, ("prefix", "start", "limit", "order"))

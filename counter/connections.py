@@ -2,13 +2,15 @@
 
     accepted ─▶ RECEIVING ── a quick action answers at once ──▶ SENDING ─┬─▶ RECEIVING …
                     │                                              ▲     └─▶ LINGERING ─▶ CLOSED
-                    └── any other in a thread ──▶ ANSWERING ───────┘         after the last response
+                    └── any other in a thread ──▶ ANSWERING ───────┘         after the last response,
+                                                                             or STREAMING ◀─▶ SENDING before
 
     state       it waits for                   for at most
     RECEIVING   the next request               IDLE_TIMEOUT_S
                 … the rest of its head         HEAD_TIMEOUT_S
                 … the rest of its body         BODY_TIMEOUT_S, or PROGRESS_TIMEOUT_S for the next piece to a sink
     ANSWERING   a thread of a lane             as long as the action takes
+    STREAMING   something to send              as long as the stream goes on, see counter/watching.py
     SENDING     the other side to read         SEND_TIMEOUT_S, or PROGRESS_TIMEOUT_S for the next piece to a peer
     LINGERING   the other side to hang up      LINGER_S
 
@@ -27,11 +29,12 @@ from counter import http1
 from counter.exchanges import Exchange
 from counter.http1 import Refused, unavailable
 from counter.intake import BEFORE, HEAD, Intake
-from counter.lanes import QUICK
+from counter.lanes import QUICK, STREAMS
 from counter.outgoing import Outgoing
 from counter.places import GUEST, PEER
 
 RECEIVING, ANSWERING, SENDING, LINGERING, CLOSED = "receiving", "answering", "sending", "lingering", "closed"
+STREAMING = "streaming"
 
 RECEIVE_SIZE = 16 * 1024  # at once: some 200 requests, during which other connections wait
 BODY_RECEIVE_SIZE = 256 * 1024
@@ -66,12 +69,13 @@ class Connection:
         self._lane = None  # where the latest request ran that was not quick
         self._is_paced = False  # an answer goes to a peer in pieces, and may take long while that goes on
         self._is_last = False  # nothing is received after what is sent now
+        self._stream = None  # what goes on after that, until it is over
 
     holds_more = False  # something was received that is not yet taken from the socket
 
     @property
     def busy(self):
-        return self.state is ANSWERING
+        return self.state in (ANSWERING, STREAMING)
 
     @property
     def closed(self):
@@ -103,7 +107,7 @@ class Connection:
             return
         if not received:  # hung up
             self.state = CLOSED
-        elif self.state is LINGERING:
+        elif self.state in (LINGERING, STREAMING):
             pass
         elif is_start and self.kind is not GUEST and (repeated := self._poller.repeated.get(received)):
             self._repeat(repeated, now)
@@ -127,7 +131,7 @@ class Connection:
 
     def expire(self, now):
         """End what has taken too long."""
-        if self.state is ANSWERING:
+        if self.busy:
             self.deadline = now + IDLE_TIMEOUT_S
         elif self._waits_for is not BEFORE:
             self._refuse(Refused(408, f"the {self._waits_for} of the request took too long"), now)
@@ -140,8 +144,22 @@ class Connection:
             self._refuse(unavailable(NO_PLACE), now)
         self.state = CLOSED
 
+    def go_on_streaming(self, now):
+        """Send what the stream has now, unless the other side has not read what it had before."""
+        if self.state is not STREAMING:
+            return
+        event = self._stream.next(now)
+        if event is None:
+            self._stream = None
+        elif event:
+            self._outgoing.add(event)
+        self._go_on(now)
+
     def stop(self, now):
         """End as the node does: after the request that is being answered, or may be on its way."""
+        self._stream = None
+        if self.state is STREAMING:
+            self._go_on(now)
         if self.state is not RECEIVING:
             return  # see _resume()
         if self._waits_for is not BEFORE:
@@ -169,7 +187,7 @@ class Connection:
             while not self._is_last and not self._outgoing.has_further and self._read_request(now):
                 exchange, self.active_at = self._intake.exchange, now
                 exchange.began = time.perf_counter()  # what came before was the time of the other side
-                if exchange.pace is not QUICK:
+                if exchange.pace not in (QUICK, STREAMS):
                     self._outgoing.flush()
                     if self._hand_over(self._answer):
                         return
@@ -216,12 +234,11 @@ class Connection:
             return
         if part is not self._waits_for:
             self._waits_for = part
-            self._due(now + (HEAD_TIMEOUT_S if part is HEAD else self._body_timeout_s()))
+            exchange = self._intake.exchange  # None before the head is there
+            body_timeout_s = PROGRESS_TIMEOUT_S if exchange and exchange.sink is not None else BODY_TIMEOUT_S
+            self._due(now + (HEAD_TIMEOUT_S if part is HEAD else body_timeout_s))
         if not self._poller.hold(self, min(self._intake.kept, HELD_MOST)):
             raise unavailable(NO_ROOM)
-
-    def _body_timeout_s(self):
-        return BODY_TIMEOUT_S if self._intake.exchange.sink is None else PROGRESS_TIMEOUT_S
 
     def _due(self, deadline):
         moves_back = deadline < self.deadline
@@ -250,8 +267,11 @@ class Connection:
         exchange = self._intake.exchange
         response, further, close = exchange.respond(self, tally)
         self._intake.exchange = None
-        self._is_last = close or not exchange.keeps_alive or self._poller.ends(self)
+        is_stream = exchange.pace is STREAMS and bool(further)
+        self._is_last = close or is_stream or not exchange.keeps_alive or self._poller.ends(self)
         response, further = exchange.framed(response, further, self._is_last)
+        if is_stream and further:
+            self._stream, further = further, ()
         self._outgoing.add(response, further)
         self._is_paced = self._outgoing.has_further and self.is_peer
 
@@ -279,6 +299,10 @@ class Connection:
         elif self._outgoing.has_further:
             if not self._hand_over(self._make_pieces):
                 self.state = CLOSED
+        elif self._stream is not None and not self._poller.ends(self):
+            self.state = STREAMING
+            self._poller.streams.add(self, now)
+            self._poller.hold(self, 0)
         elif self._is_last:
             self.sock.shutdown(socket.SHUT_WR)
             self.state, self._waits_for = LINGERING, BEFORE
@@ -319,16 +343,8 @@ class Connection:
 
     def _feed(self, piece, tally):
         """Give the sink of the request a piece of the body."""
-        exchange = self._intake.exchange
-        try:
-            exchange.sink.feed(piece)
-            return
-        except Refused as refused:
-            refused.close = True  # the rest of the body is not a request
-            exchange.failure = refused
-        except Exception as error:  # a bug: respond() raises it again, and there it is logged
-            exchange.failure = error
-        self._answer(tally)
+        if not self._intake.exchange.feed(piece):
+            self._answer(tally)
 
     def _make_pieces(self, _tally):
         """Make the next pieces of a response, as long as the socket takes them."""

@@ -38,6 +38,17 @@ class Exchange:
         except Refused as refused:  # it is told once the body is there, so that the connection can go on
             self.failure = refused
 
+    def feed(self, piece):
+        """Give the sink a piece of the body; return whether it goes on to take them."""
+        try:
+            self.sink.feed(piece)
+        except Refused as refused:
+            refused.close = True  # the rest of the body is not a request
+            self.failure = refused
+        except Exception as error:  # a bug: respond() raises it again, and there it is logged
+            self.failure = error
+        return self.failure is None
+
     @property
     def keeps_alive(self):
         """Whether the client means to send another request after this one."""
@@ -47,7 +58,7 @@ class Exchange:
         """Return whether its action alone answers the same bytes, should they come again."""
         head = self.head
         goes_on = head.keep_alive and not head.is_http10
-        return self.failure is None and goes_on and not head.length and head.method != "HEAD"
+        return self.failure is None and self.pace is QUICK and goes_on and not head.length and head.method != "HEAD"
 
     def respond(self, connection, tally):
         """Return (response, further pieces of it, whether the connection cannot go on after it)."""

@@ -81,6 +81,7 @@ def _requests(server):
     samples = [("", {"kind": kind}, number) for kind, number in server.connections().items()]
     yield "counter_connections", "gauge", help, samples
     yield _single("counter_waiting_requests", "gauge", "Requests that wait for something.", server.waiting())
+    yield _single("counter_watchers", "gauge", "Clients that watch a counter, a connection each.", server.watchers())
 
 
 def _limits(limits):

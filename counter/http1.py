@@ -231,6 +231,11 @@ def chunked(status, pieces, content_type="application/json", headers=()):
     yield b"0\r\n\r\n"
 
 
+def unending(content_type, headers=()):
+    """Return the head of a response that goes on until the connection ends."""
+    return _head(200, [*headers, ("Content-Type", content_type)])
+
+
 def _head(status, headers):
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {_date()}"]
     lines += [f"{name}: {value}" for name, value in headers]
@@ -251,9 +256,11 @@ def ok_json(fields):
 
 
 def opened(response):
-    """Return the first piece of a response, which has its head, and an iterable of the others."""
+    """Return the first piece of a response, which has its head, and what comes after it."""
     if type(response) is bytes:
         return response, ()
+    if type(response) is tuple:
+        return response
     pieces = iter(response)
     return next(pieces), pieces
 

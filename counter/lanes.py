@@ -17,6 +17,7 @@ QUICK = "quick"  # takes microseconds: in the thread that serves all connections
 SLOW = "slow"  # computes for longer than that
 WAITS = "waits"  # for something that others do
 PEERS = "peers"  # exchanges a message with a peer
+STREAMS = "streams"  # goes on for ever: begins and goes on in the thread that serves all connections
 
 IDLE_S = 10.0  # after which a thread without work ends
 START_TIMEOUT_S = 5.0  # for a new thread to come to life

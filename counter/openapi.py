@@ -8,6 +8,7 @@ import json
 from counter import __version__
 from counter.ids import AMOUNT_MAX
 from counter.parameters import ACTIVE, BATCH_MAX, BY_NAME, BY_VALUE, COUNTS_MAX, WAIT_DEFAULT_S, WAIT_MAX_S
+from counter.watching import CONTENT_TYPE
 from counter.windows import KEEP_MAX
 
 PROBLEM = "application/problem+json"
@@ -152,6 +153,11 @@ def count(id, summary, *parameters):
     return operation(id, summary, answers, wanted, refusals=(504,))
 
 
+def watch(id, summary, *parameters):
+    description = "Server-sent events, each with a Count: one at once, and one whenever it has changed"
+    return operation(id, summary, {200: answer(description, {"type": "string"}, CONTENT_TYPE)}, parameters)
+
+
 PATHS = {
     "/increment": {"post": increment("incrementDefault", "Count at the counter `default`")},
     "/increment/{name}": {"post": increment("increment", "Count at a counter", NAME_IN_PATH)},
@@ -182,6 +188,8 @@ PATHS = {
     },
     "/count": {"get": count("countDefault", "Read the counter `default`")},
     "/count/{name}": {"get": count("count", "Read a counter", NAME_IN_PATH)},
+    "/watch": {"get": watch("watchDefault", "Watch the counter `default`")},
+    "/watch/{name}": {"get": watch("watch", "Watch a counter", NAME_IN_PATH)},
     "/counts": {
         "get": operation(
             "counts",

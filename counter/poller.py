@@ -18,15 +18,26 @@ import time
 from collections import deque
 from functools import partial
 
-from counter.connections import ANSWERING, CLOSED, LINGERING, NO_PLACE, RECEIVING, SENDING, STOPPING, Connection
+from counter.connections import (
+    ANSWERING,
+    CLOSED,
+    LINGERING,
+    NO_PLACE,
+    RECEIVING,
+    SENDING,
+    STOPPING,
+    STREAMING,
+    Connection,
+)
 from counter.exchanges import Repeated
 from counter.http1 import unavailable
 from counter.places import GUEST, PEER, Earliest
+from counter.watching import Streams
 
 log = logging.getLogger("counter.serving")
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-EVENTS = {RECEIVING: READ, SENDING: WRITE, LINGERING: READ}
+EVENTS = {RECEIVING: READ, SENDING: WRITE, STREAMING: READ, LINGERING: READ}
 TICK_S = 1.0  # what has no event of its own is seen to so often
 REPEATED_MAX, REPEATED_SIZE_MAX = 1000, 1024  # requests remembered, and the bytes of each
 HELD_MAX = 32 * 2**20  # bytes, see hold()
@@ -62,6 +73,7 @@ class Poller:
         self.repeated = {}  # the bytes of a request -> Repeated
         self._deadlines = Earliest(lambda connection: connection.deadline, lambda connection: not connection.closed)
         self._connections = set()
+        self.streams = Streams(api.wake_on_change, self.call, self._step)
         self._held = 0  # bytes, see hold()
         self._spare = bytes(SPARE_SIZE)
         self._ending = frozenset()  # kinds of connections that end after their request
@@ -239,13 +251,14 @@ class Poller:
         self._take_back(now)
         for _ in range(min(len(self._calls), CALLS_MAX)):  # others may add to them all the time
             self._calls.popleft()(now)
+        self._look_at = min(self._look_at, self.streams.look(now))
         if now < self._look_at:
             return
         while (connection := self._deadlines.first()) is not None and connection.deadline <= now:
             self._step(connection, connection.expire, now)
         for lane in self.lanes.values():
             lane.tend()
-        self._look_at = min(now + TICK_S, self._deadlines.bound())
+        self._look_at = min(now + TICK_S, self._deadlines.bound(), self.streams.due_at)
 
     def _step(self, connection, step, now):
         """Let a connection go on, and wait for what it waits for then."""
@@ -304,6 +317,7 @@ class Poller:
         if connection not in self._connections:
             return
         self._connections.remove(connection)
+        self.streams.discard(connection)
         if connection.watched:
             self._watch(connection, 0)
         connection.sock.close()

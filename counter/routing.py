@@ -6,7 +6,6 @@ called again when the same head comes again.  What the routes do is the business
 """
 
 import difflib
-import itertools
 
 from counter import http1, metrics
 from counter.http1 import Refused
@@ -29,9 +28,9 @@ SIMILAR = 0.5  # how much they must have in common: 0 is nothing, 1 is everythin
 def action(pace=SLOW):
     """Turn a function of (body, connection) into an action.
 
-    It returns the bytes of a response, or an iterable of pieces of which the first has the whole head;
-    or it raises Refused.  Its pace decides which thread runs it, see counter/lanes.py.  A QUICK one
-    takes microseconds and returns bytes: while it runs, all other connections wait.
+    It returns the bytes of a response, or an iterable of pieces of which the first has the whole head, or
+    such a piece and what comes after it; or it raises Refused.  Its pace decides which thread runs it, see
+    counter/lanes.py.  A QUICK one takes microseconds and returns bytes: while it runs, all other connections wait.
     """
 
     def mark(function):
@@ -61,7 +60,7 @@ def with_headers(inner, lines):
         except Refused as refused:
             response, further = refused.response(), ()
         response = http1.with_header(response, lines)
-        return itertools.chain([response], further) if further else response
+        return (response, further) if further else response
 
     return answer
 

@@ -132,6 +132,10 @@ class Server(ThreadingHTTPServer):
         """Return how many requests wait for something that others do."""
         return self._lanes[WAITS].busy
 
+    def watchers(self):
+        """Return to how many connections a stream goes."""
+        return len(self._poller.streams)
+
     def recognise_peer(self, connection):
         """Take note that a connection is a peer's; to be called by an action on that connection."""
         connection.is_peer = True

@@ -82,6 +82,27 @@ class Client:
         self.socket.close()
 
 
+class Watcher:
+    """A client that watches."""
+
+    def __init__(self, client, target, *headers):
+        self.client = client
+        client.send(request("GET", target, *headers))
+        self.head = b"".join(iter(client.stream.readline, b"\r\n"))
+
+    def next(self):
+        """Return the count in the next event."""
+        line, empty = self.client.stream.readline(), self.client.stream.readline()
+        assert (line[:6], empty) == (b"data: ", b"\n"), line
+        return json.loads(line[6:])["count"]
+
+    def last(self, count):
+        """Read until this count comes; return how many events that took."""
+        for number in range(1, 10_000):
+            if self.next() == count:
+                return number
+
+
 def gossip_request(node, *deltas):
     """Return the bytes with which a peer that nobody can dial pushes those deltas."""
     sender = Sender(new_replica(), None, 1, False)

@@ -20,11 +20,12 @@ from counter.connections import (
     RECEIVING,
     SEND_TIMEOUT_S,
     SENDING,
+    STREAMING,
     Connection,
 )
 from counter.exchanges import Repeated
 from counter.http1 import Refused, unavailable
-from counter.lanes import PEERS, QUICK, SLOW, WAITS
+from counter.lanes import PEERS, QUICK, SLOW, STREAMS, WAITS
 from counter.places import CLIENT, GUEST, Earliest
 
 
@@ -68,13 +69,30 @@ class Lane:
         return not self.is_full
 
 
+class Stream:
+    """Goes on with what a test says."""
+
+    def __init__(self):
+        self.event = b""
+
+    def next(self, _now):
+        return self.event
+
+
+class Streams(set):
+    """What a connection sees of the streams of its poller."""
+
+    def add(self, connection, _now):
+        super().add(connection)
+
+
 class Api:
     """Counts what it is asked; the path says how it answers."""
 
     vital_paths = frozenset({"/vital"})
 
     def __init__(self):
-        self.count, self.sink, self.error = 0, None, None
+        self.count, self.sink, self.error, self.stream = 0, None, None, Stream()
 
     def route_of(self, path):
         return path
@@ -87,6 +105,7 @@ class Api:
 
     def action(self, head):
         paces = {"/slow": SLOW, "/waits": WAITS, "/sink": PEERS, "/pieces": SLOW, "/peer-pieces": PEERS}
+        paces["/stream"] = STREAMS
         if head.path == "/refused":
             raise Refused(404, "not here")
 
@@ -98,6 +117,8 @@ class Api:
                 raise Refused(422, "not so")
             if head.path.startswith("/peer"):
                 connection.is_peer = True
+            if head.path == "/stream":
+                return http1.unending("text/event-stream") + b"first,", self.stream
             if "pieces" in head.path:
                 return http1.chunked(200, (b"x" * 100 for _ in range(10)))
             return http1.ok(f"{self.count} {head.path} {body if type(body) is bytes else body.taken}\n")
@@ -115,6 +136,7 @@ class Poller:
         self.repeated, self.given_back, self.complaints = {}, [], []
         self.ending, self.has_places = set(), True
         self.held, self.held_max = 0, 10**9
+        self.streams = Streams()
         self.deadlines = Earliest(lambda connection: connection.deadline, lambda connection: not connection.closed)
 
     def remember(self, received, exchange):
@@ -714,3 +736,72 @@ def test_time_is_counted_from_when_the_request_was_there(line, monkeypatch):
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
     line.receive(request("POST", "/slow", "Content-Length: 2"), b"{}")
     assert line.poller.tally.of("/slow").seconds == 1
+
+
+# Streams.
+
+
+@pytest.fixture
+def streaming(line):
+    """A connection with a stream, the head of which was read."""
+    line.receive(request("GET", "/stream"))
+    assert (line.state, line.sock.sent.partition(b"\r\n\r\n")[2]) == (STREAMING, b"first,")
+    assert line.poller.streams == {line.connection}
+    assert not line.poller.repeated
+    return line
+
+
+def go_on(line, event=b""):
+    line.poller.api.stream.event = event
+    line.connection.go_on_streaming(line.now)
+
+
+def test_a_stream_goes_on_for_as_long_as_it_has_something(streaming):
+    """No deadline ends it, and what the other side sends does nothing."""
+    for event in (b"second,", b"", b"third,"):
+        go_on(streaming, event)
+        streaming.wait(1000)
+        assert streaming.state is STREAMING
+    streaming.sock.arrived.append(request("GET", "/quick"))
+    streaming.connection.receive(streaming.now)
+    assert streaming.sock.sent.endswith(b"\r\n\r\nfirst,second,third,")
+    go_on(streaming, None)
+    assert streaming.state is LINGERING
+    assert streaming.sock.is_shut
+
+
+def test_to_one_that_reads_slowly_a_stream_sends_less(streaming):
+    """It waits until all was read, and keeps one event; for one that reads nothing it ends."""
+    streaming.sock.room = 3
+    for number in range(100):
+        go_on(streaming, b"%03d," % number)
+    assert (streaming.state, streaming.poller.held) == (SENDING, 1)
+    streaming.read(100)
+    assert streaming.state is STREAMING
+    go_on(streaming, b"last")
+    assert streaming.sock.sent.endswith(b"first,000,last")
+    streaming.sock.room = 0
+    go_on(streaming, b"unread")
+    streaming.wait(SEND_TIMEOUT_S)
+    assert streaming.state is CLOSED
+
+
+def test_a_stream_ends_as_the_node_stops(streaming):
+    streaming.poller.ending = {CLIENT}
+    streaming.connection.stop(streaming.now)
+    assert streaming.state is LINGERING
+
+
+def test_a_stream_that_its_client_does_not_read_ends_as_the_node_stops(streaming):
+    streaming.sock.room = 0
+    go_on(streaming, b"unread")
+    streaming.poller.ending = {CLIENT}
+    streaming.connection.stop(streaming.now)
+    assert streaming.state is SENDING
+    streaming.read(100)
+    assert streaming.state is LINGERING
+
+
+def test_a_stream_ends_when_its_client_hangs_up(streaming):
+    streaming.hang_up()
+    assert streaming.state is CLOSED

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from authority import Authority
-from clients import Client, problem, request
+from clients import Client, Watcher, problem, request
 from conftest import require_tools, wait_until
 
 from counter import tls
@@ -239,6 +239,16 @@ def test_requests_over_tls(secured):
     assert client.ask("POST", "/increments", body=json.dumps(batch).encode()).json()["counts"] == batch
     assert len(client.ask("GET", "/counts?limit=1000").json()["counts"]) == 1000
     assert client.ask("HEAD", "/count/a").body == b""
+
+
+def test_a_stream_over_tls(secured):
+    watcher = Watcher(secured.connect(), "/watch/x")
+    for count in range(5):
+        assert watcher.next() == count
+        secured.counter.increment("x")
+    assert watcher.next() == 5
+    assert secured.stop()
+    assert watcher.client.stream.read() == b""
 
 
 def test_requests_that_came_with_one_that_waits_are_answered(secured):
