@@ -210,6 +210,45 @@ def test_the_count_goes_up(page, start_node):
     assert (node.count(), node.count("visits")) == (1, 1234)
 
 
+def asked_for(node, route):
+    """Return how many requests to a route a node has answered."""
+    text = node.ask("GET", "/metrics").body.decode()
+    found = re.search(rf'requests_total\{{route="{route}",status="200"\}} (\d+)', text)
+    return int(found[1]) if found else 0
+
+
+def watchers(node):
+    return int(re.search(r"counter_watchers (\d+)", node.ask("GET", "/metrics").body.decode())[1])
+
+
+def test_the_count_is_watched_and_not_asked_for(page, start_cluster):
+    """What is counted elsewhere is seen by a stream; another name has another one."""
+    one, two = start_cluster(2)
+    page.open(one)
+    wait_until(lambda: watchers(one) == 1)
+    before = asked_for(one, "/count")
+    for count in range(1, 4):
+        two.increment()
+        wait_until(lambda count=count: page.text("count") == str(count))
+    assert asked_for(one, "/count") == before
+    two.increment("/increment/other?amount=7")
+    page.driver.execute_script("location.hash = 'other'")
+    wait_until(lambda: page.text("count") == "7" and watchers(one) == 1)
+    two.increment("/increment/other?amount=-8")
+    wait_until(lambda: page.text("count") == "-1")
+
+
+def test_where_no_stream_comes_through_the_page_asks(page, start_node, start_proxy):
+    """As behind a proxy that waits for the end of an answer before it passes it on."""
+    node = start_node()
+    page.open(start_proxy(node))
+    for count in range(1, 4):
+        node.increment()
+        wait_until(lambda count=count: page.text("count") == str(count))
+    assert watchers(node) <= 1
+    assert asked_for(node, "/count") >= 3
+
+
 def test_the_page_works_behind_a_proxy_under_a_path_of_its_own(page, start_node, start_proxy):
     """All its requests and links stay under that path."""
     node = start_node()
@@ -436,12 +475,12 @@ def test_a_hidden_page_asks_nothing(page, start_node):
     try:
 
         def asked():
-            text = node.ask("GET", "/metrics").body.decode()
-            return int(re.search(r'requests_total\{route="/count",status="200"\} (\d+)', text)[1])
+            return asked_for(node, "/counts")
 
         before, since = asked(), time.monotonic()
         wait_until(lambda: time.monotonic() > since + 2.5)
         assert asked() <= before + 1  # which was under way
+        assert watchers(node) == 0
     finally:
         page.driver.close()
         page.driver.switch_to.window(seen)
