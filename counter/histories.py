@@ -139,7 +139,7 @@ class Histories:
         """Take over a delta of another replica that begins within what is held, and ends beyond it."""
         replica, _, through, totals, keys, _ = delta
         held = self.applied.get(replica, 0)
-        stream = self.streams.get(replica) or Stream(replica)
+        stream = self.streams[replica] if replica in self.streams else Stream(replica)
         length, counters, free = len(stream), len(self.counters.values), self.counters.free_left
         try:
             rows, sequences, sums, numbers, values = self._prepare(stream, held, totals)
