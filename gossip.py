@@ -115,6 +115,7 @@ class Gossip:
             raise ValueError("the answer to a heartbeat lacks a vector")
         peer, own = answer.sender.id, self._counter.replica
         contact, changes = self._table.heard(answer.sender, answer.view, now, answered_at=link.address)
+        self._compare_clocks(request, answer, now)
         merged = APPLIED in self._merge(answer, cut_at).values()
         mine = self._counter.vector()
         shown = request.applied if answer.hash is not None else _shown(answer, request.applied)
@@ -147,6 +148,11 @@ class Gossip:
         self._membership_changed(contact, changes, now)
         if not self._links.introduced(link, answer.sender.id, now):
             raise ValueError("it takes nothing that is addressed to it")
+
+    def _compare_clocks(self, request, answer, now):
+        skew_s = self._table.compare_clocks(request.sender, answer.sender, now - request.clock)
+        if skew_s is not None:
+            log.warning("wall clocks differ: addr=%s skew_s=%+.1f", answer.sender.address, skew_s)
 
     # What others send.
 

@@ -36,13 +36,15 @@ VIEW_MAX = 256
 RECENT_MAX = 32  # of these, recent contacts: their beats are news to most other nodes
 DEPARTURE_TIMEOUTS = 10  # how long a departure is passed on, in peer timeouts
 CONFLICT = "advertises this node's address"  # a Change, as for two nodes behind one load balancer
+SKEW_MAX_S = 1.0  # between wall clocks; more is reported
 CONFLICT_REPORT_S = 600.0  # between two reports of that
 NEVER = float("inf")
 _ENTRY = attrgetter("entry")
 
 Sweep = namedtuple("Sweep", "contact seeds changes")  # addresses, names to resolve, [Change]
 Change = namedtuple("Change", "what id address")
-PeerState = namedtuple("PeerState", "id address state silent_s version")  # version: None if it is not known
+# version, and skew_s, by how much its wall clock is ahead: None if it is not known
+PeerState = namedtuple("PeerState", "id address state silent_s version skew_s")
 
 
 def log_changes(changes, active):
@@ -59,9 +61,11 @@ class PeerTable:
     by name or by number, through which it joins.
     """
 
-    def __init__(self, replica, address, seeds, heartbeat_interval_s, peer_timeout_s, fanout, rng=random):
+    def __init__(
+        self, replica, address, seeds, heartbeat_interval_s, peer_timeout_s, fanout, rng=random, wall=time.time
+    ):
         self._interval_s, self._timeout_s = heartbeat_interval_s, peer_timeout_s
-        self._fanout, self._rng = fanout, rng
+        self._fanout, self._rng, self._wall = fanout, rng, wall
         # Guards everything below.  Held for dictionary work only, never together with another.
         self._lock = threading.Lock()
         self._id, self._address, self._beat = replica, address, 0
@@ -112,7 +116,7 @@ class PeerTable:
             return self._sender_locked()
 
     def _sender_locked(self):
-        return Sender(self._id, self._address, self._beat, self._leaving, __version__, self._ready)
+        return Sender(self._id, self._address, self._beat, self._leaving, __version__, self._ready, wall=self._wall())
 
     def _shown_locked(self):
         """Return what a message says of the active peers: of all, or of some.
@@ -190,9 +194,26 @@ class PeerTable:
         with self._lock:
             listed = [peer for peer in self._roster.peers.values() if peer.state != UNVERIFIED]
             return [
-                PeerState(peer.id, peer.address, peer.state, max(0.0, now - peer.last_heard), peer.version)
+                PeerState(peer.id, peer.address, peer.state, max(0.0, now - peer.last_heard), peer.version, peer.skew_s)
                 for peer in listed
             ]
+
+    def compare_clocks(self, asking, answering, took_s):
+        """Take note of how wall clocks differ, given the Senders of a request and its answer, and how long that took.
+
+        Return by how many seconds the peer's is ahead for certain, below 0 if it is behind, if that has come to
+        be more than SKEW_MAX_S; else None.
+        """
+        if asking.wall is None or answering.wall is None:
+            return None
+        skew_s = answering.wall - asking.wall - took_s / 2
+        with self._lock:
+            peer = self._roster.peers.get(answering.id)
+            if peer is None:
+                return None
+            before, peer.skew_s = peer.skew_s, skew_s
+        room_s = SKEW_MAX_S + took_s / 2  # the answer may have taken all of the time, or none
+        return skew_s if abs(skew_s) > room_s and (before is None or abs(before) <= SKEW_MAX_S) else None
 
     def resolved(self, name, addresses):
         """Record what a seed's name resolves to; return which of these addresses to contact."""

@@ -20,6 +20,7 @@ from peers import PeerTable
 
 INTERVAL_S, TIMEOUT_S, JOIN_TIMEOUT_S = 1.0, 5.0, 10.0  # the defaults of the command line
 READ_TIMEOUT_S = 1.0
+EPOCH_S = 1_765_843_200.0  # what right wall clocks show at the start: 2025-12-16T00:00:00Z
 # An increment.  `key` is its own; within a batch it is (the batch's key, name).  A single one ends its batch.
 Entry = namedtuple("Entry", "name amount key ends_batch")
 
@@ -34,13 +35,19 @@ class SimulatedNode:
         self.network, self.address = network, address
         self.alive, self.paused_until = True, 0.0
         self.wakes_at = float("inf")  # for the link that becomes due next
-        self.counter = Counter(new_replica(rng.getrandbits))
-        self.table = PeerTable(self.counter.replica, address, seeds, INTERVAL_S, TIMEOUT_S, fanout=8, rng=rng)
+        self.clock_error_s = 0.0  # of its wall clock
+        self.counter = Counter(new_replica(rng.getrandbits), wall=self._wall)
+        self.table = PeerTable(
+            self.counter.replica, address, seeds, INTERVAL_S, TIMEOUT_S, fanout=8, rng=rng, wall=self._wall
+        )
         confirmations = Confirmations()
         self.links = Links(self.counter, confirmations, 0.1, 10.0, rng=rng)
         self.joining = Joining(bool(seeds), JOIN_TIMEOUT_S)
         self.gossip = Gossip(self.counter, self.table, self.links, confirmations, self.joining, push_fanout=8)
         network.at(network.now, self, self.sweep)
+
+    def _wall(self):
+        return EPOCH_S + self.network.now + self.clock_error_s
 
     def increment(self, name, amount, key=None):
         increment(self.counter, self.network.log, name, amount, key, self.network.now)

@@ -81,7 +81,7 @@ def _export(path, values):
     with Reader(path) as reader, Progress() as progress:
         deltas = reader.deltas(now)
         if values:
-            sys.stdout.writelines(dump.values_lines(dump.sums(progress.over(deltas, reader.entries))))
+            sys.stdout.writelines(dump.values_lines(dump.sums(progress.over(deltas, reader.entries), now)))
         else:
             for line, entries in dump.export_lines(reader.cluster, deltas, reader.entries, now):
                 sys.stdout.write(line)
@@ -126,7 +126,8 @@ def _values(lines, progress):
     """Return {name: count} of values, or of an export."""
     first = next(lines, "")
     try:
-        return dump.sums(dump.read_export(itertools.chain([first], lines), None, time.time(), progress.add))
+        now = time.time()
+        return dump.sums(dump.read_export(itertools.chain([first], lines), None, now, progress.add), now)
     except dump.NotAnExport:
         return dump.read_values(itertools.chain([first], lines), progress.add)
 

@@ -20,6 +20,7 @@ from zlib import crc32
 
 from counter.checks import AGE_MAX_S, checked_delta
 from counter.state import Delta
+from counter.windows import end_of, is_window
 
 APPLICATION_ID = 0x436E7472  # "Cntr", in the header of the file
 FORMAT = 1  # SQLite's user_version
@@ -33,8 +34,10 @@ SCHEMA = (
     "CREATE TABLE replica(number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, applied INTEGER NOT NULL,"
     " requires TEXT, checksum INTEGER NOT NULL, crc INTEGER NOT NULL)",
     # total has no type: it may pass 64 bits, is text then, and would be a float in an INTEGER column
-    "CREATE TABLE entry(replica INTEGER, name TEXT, sequence INTEGER, total, crc INTEGER,"
+    # ends: of a window, from when on it is not kept, in seconds since 1970
+    "CREATE TABLE entry(replica INTEGER, name TEXT, sequence INTEGER, total, crc INTEGER, ends INTEGER,"
     " PRIMARY KEY(replica, name)) WITHOUT ROWID",
+    "CREATE INDEX ending ON entry(ends) WHERE ends IS NOT NULL",
     # at: milliseconds since 1970; renews: JSON, the dots that a use renews, or null
     "CREATE TABLE accepted(replica INTEGER, sequence INTEGER, digest TEXT, name TEXT, amount INTEGER,"
     " at INTEGER, renews TEXT, crc INTEGER, PRIMARY KEY(replica, sequence)) WITHOUT ROWID",
@@ -154,6 +157,11 @@ def replica_crc(id, applied, requires, checksum):
     return crc32(f"{id} {applied} {requires or ''} {checksum}".encode())
 
 
+def ends_at(name):
+    """Return what the column `ends` has for a counter."""
+    return end_of(name) if is_window(name) else None
+
+
 def entry_crc(seed, name, sequence, total):
     return crc32(f"{name} {sequence} {total}".encode(), seed)
 
@@ -255,10 +263,10 @@ class Reader:
     def _totals(self, number, id):
         """Return {name: (sequence, total)} of a replica, and the sum of the checksums."""
         totals, seed, sum = {}, seed_crc(id), 0
-        for name, sequence, total, crc in self._db.execute(
-            "SELECT name, sequence, total, crc FROM entry WHERE replica = ?", (number,)
+        for name, sequence, total, crc, ends in self._db.execute(
+            "SELECT name, sequence, total, crc, ends FROM entry WHERE replica = ?", (number,)
         ):
-            if crc != entry_crc(seed, name, sequence, total):
+            if crc != entry_crc(seed, name, sequence, total) or ends != ends_at(name):
                 raise ValueError(f"entry {name!r} of replica {id!r}")
             totals[name] = sequence, int(total)
             sum += crc

@@ -6,10 +6,11 @@ import json
 import sqlite3
 
 from counter import datafile
-from counter.datafile import DataFileError, entry_crc, identity, key_crc, log_of, replica_crc, seed_crc
+from counter.datafile import DataFileError, ends_at, entry_crc, identity, key_crc, log_of, replica_crc, seed_crc
 from counter.ids import SEQUENCE_MAX
 
 PIECE = 500  # rows written by one statement: no other Python thread runs while their JSON is made
+ENDED_AT_ONCE = 10_000  # windows dropped in one transaction
 LOG_SIZE = 16 * 2**20  # bytes to which SQLite cuts its log back after a large transaction
 
 # One statement for many rows: executemany takes and gives the GIL once a row, and beside two busy
@@ -18,13 +19,16 @@ _OLD_CRCS = """
 SELECT coalesce(sum(entry.crc), 0)
 FROM json_each(?) AS new CROSS JOIN entry ON entry.replica = ? AND entry.name = new.key"""
 _WRITE_ENTRIES = """
-INSERT INTO entry SELECT ?, key, json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]')
+INSERT INTO entry SELECT ?, key, json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+json_extract(value, '$[3]')
 FROM json_each(?) WHERE true
 ON CONFLICT DO UPDATE SET sequence = excluded.sequence, total = excluded.total, crc = excluded.crc"""
 _WRITE_KEYS = """
 INSERT INTO accepted SELECT ?, json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
 json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]'), json_extract(value, '$[6]')
 FROM json_each(?)"""
+
+_ENDED = "SELECT replica, name, crc FROM entry WHERE ends <= ? ORDER BY ends, replica, name LIMIT ?"
 
 
 class Writer:
@@ -101,6 +105,14 @@ class Writer:
         """Drop the keys that were accepted before a time, in seconds since 1970."""
         self._transact(lambda: self._forget_keys(int(before * 1000)))
 
+    def end_windows(self, horizon):
+        """Drop some windows that have ended at a time, in seconds since 1970; return whether there are more of them."""
+        ended = horizon, ENDED_AT_ONCE
+        number = self._sum(f"SELECT count(*) FROM ({_ENDED})", *ended)
+        if number:
+            self._transact(lambda: self._end_windows(ended))
+        return number == ENDED_AT_ONCE
+
     def _transact(self, change):
         self._db.execute("BEGIN IMMEDIATE")
         try:
@@ -153,7 +165,7 @@ class Writer:
             rows = {}
             for name, (sequence, total) in piece:
                 crc = entry_crc(seed, name, sequence, total)
-                rows[name] = sequence, total if -(2**63) <= total < 2**63 else str(total), crc
+                rows[name] = sequence, total if -(2**63) <= total < 2**63 else str(total), crc, ends_at(name)
                 change += crc
             rows = json.dumps(rows)
             change -= self._sum(_OLD_CRCS, rows, number)
@@ -173,6 +185,13 @@ class Writer:
             self._db.execute(_WRITE_KEYS, (number, json.dumps(rows)))
             self._keyed.add(number)
         return change
+
+    def _end_windows(self, ended):
+        sums = self._db.execute(f"SELECT replica, sum(crc) FROM ({_ENDED}) GROUP BY replica", ended).fetchall()
+        self._db.execute(f"DELETE FROM entry WHERE (replica, name) IN (SELECT replica, name FROM ({_ENDED}))", ended)
+        for number, sum in sums:
+            self._update(number, None, -sum)
+        return {}
 
     def _forget_keys(self, before):
         for number in list(self._keyed):

@@ -12,8 +12,9 @@ import json
 import re
 
 from counter.checks import AGE_MAX_S, checked_delta
-from counter.ids import AMOUNT_MAX, NAME, SEQUENCE_MAX, replica_of
+from counter.ids import AMOUNT_MAX, SEQUENCE_MAX, replica_of
 from counter.state import Delta
+from counter.windows import end_of, is_counter
 
 FORMAT = 1
 PIECE = 1000  # entries or keys of a line
@@ -125,12 +126,13 @@ def _at_line(number):
 # Values.
 
 
-def sums(deltas):
-    """Return {name: count} of all deltas together."""
+def sums(deltas, now):
+    """Return {name: count} of all deltas together, without windows that have ended `now`, in seconds since 1970."""
     values = {}
     for delta in deltas:
         for name, (_, total) in delta.totals.items():
-            values[name] = values.get(name, 0) + total
+            if end_of(name) > now:
+                values[name] = values.get(name, 0) + total
     return values
 
 
@@ -148,7 +150,7 @@ def read_values(lines, progress):
     rows = _read_json(lines) if first.lstrip().startswith("{") else _read_csv(lines)
     for number, (name, count) in rows:
         with _at_line(number):
-            if type(name) is not str or not NAME.match(name):
+            if type(name) is not str or not is_counter(name):
                 raise ValueError(f"{name!r} is not the name of a counter")
             if type(count) is not int and not (type(count) is str and _COUNT.match(count)):
                 raise ValueError(f"the count {count!r} is not an integer")

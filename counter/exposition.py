@@ -99,6 +99,10 @@ def _peers(peers, unconfirmed):
     samples = [("", {"address": address}, number) for address, number in sorted(known.items())]
     help = "Increments that a peer has yet to confirm, of those accepted here or by nodes that are gone."
     yield "counter_peer_unconfirmed_increments", "gauge", help, samples
+    skews = {peer.address: round(peer.skew_s, 3) for peer in peers if peer.skew_s is not None}
+    samples = [("", {"address": address}, skew_s) for address, skew_s in sorted(skews.items())]
+    help = "By how much the wall clock of a peer is ahead of that of this node, as of its latest answer."
+    yield "counter_peer_clock_skew_seconds", "gauge", help, samples
 
 
 def _traffic(numbers):

@@ -42,7 +42,7 @@ class Histories:
         self.own = OwnStream(replica)
         self.streams = {replica: self.own}  # replica -> Stream
         self.applied = {replica: 0}  # replica -> the sequence through which its history is held here
-        self.horizon = NEVER  # no window is held that ended then or before
+        self.horizon = NEVER  # no window that ended then or before is taken any more
         self.conflicts = []  # digests of keys with several uses, yet to be settled
 
     def count(self, name, amount, use=None):
@@ -196,22 +196,17 @@ class Histories:
         return used_before
 
     def end_windows(self, horizon, limit):
-        """Take out up to `limit` windows that have ended; return a set of their numbers, or None if all are out.
+        """Take out up to `limit` windows that have ended; return (a set of their numbers, whether there may be more).
 
         Their entries are to be cleared from every stream, and the numbers to be freed then.
         """
         numbers, reached = self.counters.end(horizon, limit)
-        self.horizon = max(self.horizon, reached)
-        return None if reached >= horizon and not numbers else numbers
-
-    def clear(self, replica, numbers):
-        """Clear the entries of windows that have ended from the history of a replica, if it is held."""
-        if replica in self.streams:
-            self.streams[replica].clear(numbers, self.applied[replica])
+        self.horizon = max(self.horizon, reached)  # also where others of the same end are yet to be taken out
+        return numbers, bool(numbers) or reached < horizon
 
     def free(self, numbers):
         """Free the numbers of counters whose entries are cleared, but for those that keys still refer to."""
-        self.own.clear(numbers, self.applied[self.own.replica])
+        self.own.clear(numbers, 0, len(self.own))
         self.counters.free([number for number in numbers if not self._keys.refers_to(number)])
         for number in filter(self._keys.refers_to, numbers):
             self.counters.retire(number)

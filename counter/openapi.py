@@ -282,6 +282,7 @@ SCHEMAS = {
             "silent_s": NUMBER,
             "unconfirmed": {"type": ["integer", "null"]},
             "version": {"type": ["string", "null"]},
+            "skew_s": {"type": ["number", "null"], "description": "By how much its wall clock is ahead of this node's"},
         }
     ),
     "Data": {

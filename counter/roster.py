@@ -16,7 +16,7 @@ class Peer:
     """What is known of one replica id."""
 
     # One per peer, so keep it small.
-    __slots__ = ("advanced_since_lost", "entry", "index", "last_heard", "probe", "state", "v", "version")
+    __slots__ = ("advanced_since_lost", "entry", "index", "last_heard", "probe", "skew_s", "state", "v", "version")
 
     def __init__(self, id, address, beat, now):
         # What a message says of it: (id, address, beat), the greatest beat known.  A tuple, so that a
@@ -28,6 +28,7 @@ class Peer:
         self.advanced_since_lost = False  # its beat has risen since it was lost
         self.version = None  # of its program, as it said itself
         self.v = 0  # what it knows of messages: wire.VERSION there; 0 until it has said it
+        self.skew_s = None  # by how much its wall clock is ahead of this node's, as of its latest answer
         self.probe = Probe()
 
     @property

@@ -37,7 +37,9 @@ HELD = "held"  # all of it was held already
 GAP = "gap"  # it begins after the end of what is held
 NEEDS = "needs"  # it cancels increments that are not both held
 
-ENDED_AT_ONCE = 1000  # windows; or the lock would be held for long when many end
+ENDED_AT_ONCE, CLEARED_AT_ONCE = 50, 4000  # windows and rows; what takes longer than a millisecond stalls readers
+ENDED_MIN = 5000  # windows that are dropped in a sweep, if so many have ended
+PAUSE_S = 0.002  # in which others run
 
 # What `replica` did after sequence `after`, as of sequence `through`.
 #   totals: {name: (sequence, total)}, the entries touched since `after`
@@ -72,6 +74,7 @@ class Counter:
         self._waiters = Waiters(self._lock)
         self._wall = wall
         self._horizon = Horizon()  # used by one thread, the one that calls expire()
+        self._pausing = threading.Event()  # set: make no pauses, the node is shutting down
 
     @property
     def replica(self):
@@ -178,26 +181,39 @@ class Counter:
         with self._lock:
             if self._changes.grow_older(self.replica, self._held, now):
                 self._vector = None
-        self.end_windows(self._horizon.look(now, self._wall()))
+        most = max(ENDED_MIN, self._counters.windows // 20)
+        self.end_windows(self._horizon.look(now, self._wall()), most)
 
-    def end_windows(self, horizon):
-        """Drop all windows that have ended at a time, in seconds since 1970, and take none of them from now on."""
-        while True:
-            with self._lock:  # anew for some windows and for each replica, as they may be many
-                numbers = self._histories.end_windows(horizon, ENDED_AT_ONCE)
-                if numbers:
-                    self._cancellations.end(numbers)
-                streams = dict(self._histories.streams)
-            if numbers is None:
-                return
-            for replica in streams:
-                with self._lock:
-                    self._histories.clear(replica, numbers)
+    def end_windows(self, horizon, most=float("inf")):
+        """Drop windows that have ended at a time, in seconds since 1970, and take none of them from now on.
+
+        About `most` are dropped, a few at a time and with pauses, or clients would wait where many end at once.
+        """
+        ended, more = set(), True
+        while more and len(ended) < most:
             with self._lock:
-                for replica, stream in self._histories.streams.items():
-                    if streams.get(replica) is not stream:  # it is new
-                        self._histories.clear(replica, numbers)
-                self._histories.free(numbers)
+                numbers, more = self._histories.end_windows(horizon, ENDED_AT_ONCE)
+            ended |= numbers
+            if len(numbers) == ENDED_AT_ONCE:
+                self._pausing.wait(PAUSE_S)
+        if not ended:
+            return
+        with self._lock:
+            cleared = dict(self._histories.streams)
+        for replica, stream in cleared.items():
+            for start in range(0, len(stream), CLEARED_AT_ONCE):
+                with self._lock:
+                    stream.clear(ended, start, start + CLEARED_AT_ONCE)
+                if start:
+                    self._pausing.wait(PAUSE_S)
+            with self._lock:
+                stream.compact(self._applied.get(replica, 0))
+        with self._lock:
+            for replica, stream in self._histories.streams.items():
+                if cleared.get(replica) is not stream:  # it is new
+                    stream.clear(ended, 0, len(stream))
+            self._cancellations.end(ended)
+            self._histories.free(ended)
 
     @property
     def horizon(self):
@@ -329,6 +345,7 @@ class Counter:
     def stop_waiting(self):
         """Wake all who wait in wait_until_held and refuse new waits; called when the node stops."""
         self._waiters.stop()
+        self._pausing.set()
 
     # Replicating.
 

@@ -42,6 +42,7 @@ class Status:
                     "silent_s": round(peer.silent_s, 3),
                     "unconfirmed": unconfirmed.get(peer.id),
                     "version": peer.version,
+                    "skew_s": None if peer.skew_s is None else round(peer.skew_s, 3),
                 }
                 for peer in self._table.snapshot(now)
             ]

@@ -20,6 +20,7 @@ from counter.datafile import DataFileError
 from counter.datawriter import Writer
 from counter.vectors import Vector, lacks
 from counter.waiting import Waiters
+from counter.windows import NEVER
 
 log = logging.getLogger("counter.store")
 
@@ -59,6 +60,7 @@ class Store:
         self._started = clock()
         self._pause_until = self._upkeep_at = -float("inf")
         self._failures = 0  # in a row
+        self._horizon = NEVER  # windows that ended until then are not in the file any more
         self._given_up = False  # the last commit failed, and the node is stopping
 
     def open(self):
@@ -179,6 +181,11 @@ class Store:
             self._writer.check_in_place()
             if began - self._started > self._key_window_s:  # as long as the counter remembers what was loaded
                 self._writer.forget_keys(self._wall() - 2 * self._key_window_s)
+            if self._counter.horizon > self._horizon:
+                if self._writer.end_windows(self._counter.horizon):
+                    self._upkeep_at = began  # and the others with the next commit
+                else:
+                    self._horizon = self._counter.horizon
         self._committed(deltas, vector, began)
 
     def _committed(self, deltas, vector, began):
@@ -235,6 +242,7 @@ class Store:
 
     def _open_writer(self):
         self._writer = Writer(self._path, self._cluster, self._fsync)
+        self._horizon = NEVER
         self._loaded = datafile.identity(self._path)
         with self._lock:
             self._saved = Vector(dict(self._writer.vector))

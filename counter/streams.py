@@ -112,7 +112,7 @@ class Totals(Mapping):
 class Stream:
     """The history of a replica as far as it is held: of each counter it touched the latest entry.
 
-    Rows never move, but for _compact().  One with sequence 0 holds nothing: room was made for it, and not
+    Rows never move, but for compact().  One with sequence 0 holds nothing: room was made for it, and not
     used, or it was cleared.
     """
 
@@ -185,17 +185,17 @@ class Stream:
             self.begin_log(held)
         self.log.extend(array("I", [row for _, row in sorted(zip(sequences, rows, strict=True))]))
 
-    def clear(self, numbers, through):
-        """Clear the rows of some counters, a set, given the sequence through which the history is held."""
-        if numbers.isdisjoint(self.numbers):
-            return
-        for row in [row for row, number in enumerate(self.numbers) if number in numbers]:
-            self.sequences[row] = self.totals[row] = 0
-        if 2 * self.sequences.count(0) > len(self) > SMALL:
-            self._compact(through)
+    def clear(self, numbers, start, stop):
+        """Clear the rows from `start` to `stop` that are those of some counters, a set of numbers."""
+        if not numbers.isdisjoint(part := self.numbers[start:stop]):
+            for row, number in enumerate(part, start):
+                if number in numbers:
+                    self.sequences[row] = self.totals[row] = 0
 
-    def _compact(self, through):
-        """Leave out the rows that hold nothing."""
+    def compact(self, through):
+        """Leave out the rows that hold nothing, if they are most; the history is held through that sequence."""
+        if not 2 * self.sequences.count(0) > len(self) > SMALL:
+            return
         numbers, totals = (compress(column, self.sequences) for column in (self.numbers, self.totals))
         numbers, totals = array("I", numbers), (array("q", totals) if type(self.totals) is array else list(totals))
         sequences = array("Q", filter(None, self.sequences))
@@ -244,9 +244,13 @@ class OwnStream(Stream):
     def rows(self, numbers):
         return numbers
 
-    def clear(self, numbers, through):
+    def clear(self, numbers, start, stop):
         for row in numbers:
-            self.sequences[row] = self.totals[row] = 0
+            if start <= row < stop:
+                self.sequences[row] = self.totals[row] = 0
+
+    def compact(self, through):
+        """Do nothing: rows are numbers of counters."""
 
     def given_up(self, through):
         """Return the same history, held through a sequence, as that of a replica that does not count here."""

@@ -104,7 +104,7 @@ class Values:
     # Windows that end.
 
     def end(self, horizon, limit):
-        """Take out up to `limit` windows that have ended; return (their numbers, the time up to which none is left).
+        """Take out up to `limit` windows that have ended; return (their numbers, the end of these, at most `horizon`).
 
         The numbers are to be freed, or to be retired.
         """

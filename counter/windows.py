@@ -177,15 +177,12 @@ class Schedule:
     def first(self, horizon, limit):
         """Return some windows that end first, and have ended at `horizon`: up to `limit`, all with one end.
 
-        They come as (names, the time up to which none is left once these are dropped).
+        They come as (names, their end), or as ([], horizon) if there are none.
         """
         if not self._ends or self._ends[0] > horizon:
             return [], horizon
         end = self._ends[0]
-        names = self._by_end[end]
-        if len(names) > limit:
-            return names[-limit:], end - 1
-        return names, end
+        return self._by_end[end][-limit:], end
 
     def drop(self, number):
         """Drop the windows that first() returned, so many."""

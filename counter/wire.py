@@ -36,8 +36,9 @@ _WORD = re.compile("[!-~]{1,64}\\Z")
 _HASH = re.compile("[0-9a-f]{32}\\Z")
 
 # address: None while it is unknown; version: that of its program, None from nodes that do not say it;
-# ready: clients may rely on what it counts; v: what it knows of messages, which says the message itself
-Sender = namedtuple("Sender", "id address beat leaving version ready v", defaults=(None, False, VERSION))
+# ready: clients may rely on what it counts; v: what it knows of messages, which says the message itself;
+# wall: what its wall clock shows, in seconds since 1970, None from nodes that do not say it
+Sender = namedtuple("Sender", "id address beat leaving version ready v wall", defaults=(None, False, VERSION, None))
 View = namedtuple("View", "peers left")  # peers: [(id, address, beat)], left: [(id, its last beat)]
 _FIELDS = "sender view applied summary confirms deltas refused to number clock hash"
 
@@ -272,7 +273,9 @@ def _sender(fields, v):
     require(REPLICA.match(id) and is_int(beat, 0, BEAT_MAX), "its sender")
     require(type(leaving) is type(ready) is bool, "its sender")
     require(version is None or _WORD.match(version), "its program's version")
-    return Sender(id, None if address is None else parse_address(address), beat, leaving, version, ready, v)
+    wall = fields.get("wall")
+    require(wall is None or (type(wall) in (int, float) and abs(wall) < CLOCK_MAX_S), "its wall clock")
+    return Sender(id, None if address is None else parse_address(address), beat, leaving, version, ready, v, wall)
 
 
 def _view(fields):

@@ -23,7 +23,7 @@ class Half:
     def __init__(self, replica=ME, address=AT_ME, push_fanout=8, doubtful_max=2, has_seeds=False):
         rng = random.Random(1)
         self.counter = Counter(replica)
-        self.table = PeerTable(replica, address, [], 1.0, 5.0, 8, rng)
+        self.table = PeerTable(replica, address, [], 1.0, 5.0, 8, rng, wall=lambda: 1e9)
         self.confirmations = Confirmations()
         self.links = Links(self.counter, self.confirmations, 0.1, 10.0, doubtful_max, rng)
         self.joining = Joining(has_seeds, 10.0)

@@ -525,6 +525,7 @@ def test_a_peer_is_listed(start_local, connect):
     assert peer["silent_s"] >= 0
     assert (peer["id"], peer["address"]) == (second.counter.replica, f"127.0.0.1:{second.port}")
     assert (peer["state"], peer["unconfirmed"], peer["version"]) == ("active", 0, __version__)
+    assert abs(peer["skew_s"]) < 60  # they have one clock
 
 
 def test_an_advertised_address_is_what_a_node_says_of_itself(start_local, connect):

@@ -139,7 +139,7 @@ def test_the_delta_of_values_is_made_of_them_alone():
     delta = dump.delta_of_values(values)
     assert delta == dump.delta_of_values(dict(reversed(values.items())))
     assert delta.replica != dump.delta_of_values(values | {"x": 6}).replica
-    assert dump.sums([dump.checked_delta(delta)]) == values
+    assert dump.sums([dump.checked_delta(delta)], NOW) == values
     with pytest.raises(ValueError, match="too large"):
         dump.delta_of_values({"x": 10**35})
 
@@ -223,7 +223,7 @@ def test_the_values_of_another_cluster_may_be_counted(path, tmp_path):
     assert (status, "of the cluster 'counter', not of 'counter-2'" in line) == (2, True)
     assert run(*new, "--values", tmp_path / "backup.jsonl").returncode == 0
     with datafile.Reader(str(tmp_path / "new.db"), "counter-2") as reader:
-        assert [dump.sums([delta]) for delta in reader.deltas(NOW)] == [{"x": 10, "keyed": 7}]
+        assert [dump.sums([delta], NOW) for delta in reader.deltas(NOW)] == [{"x": 10, "keyed": 7}]
 
 
 def test_an_import_is_all_or_nothing(path, tmp_path):

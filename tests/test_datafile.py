@@ -40,9 +40,11 @@ def everything(counter, now=0):
 
 
 def busy_counter(seed=0, counters=300, keys=60):
-    """Return a Counter with entries of three replicas, negative and very large totals, keys, and cancellations."""
+    """Return a Counter with entries of three replicas, windows, negative and very large totals, keys, cancellations."""
     rng, mine, other = random.Random(seed), Counter(A), Counter(B)
     for counter in (mine, other):
+        for number in range(counters // 10):
+            counter.increment_once(f"a key of {counter.replica} {number}", f"windowed@{number + 1}d", 3, now=0)
         for number in range(counters):
             counter.increment(f"counter:{number}", rng.choice((1, -5, AMOUNT_MAX)))
         for number in range(keys):
@@ -51,7 +53,7 @@ def busy_counter(seed=0, counters=300, keys=60):
     mine.merge(Delta(C, 0, 2**61 + 2, totals), now=0)
     for delta in everything(other).values():
         mine.merge(delta, now=0)
-    assert cancelling_replica((B, counters + 1)) in mine.vector()
+    assert cancelling_replica((B, counters + counters // 10 + 1)) in mine.vector()
     return mine
 
 
@@ -60,6 +62,38 @@ def test_what_is_written_is_read(path, writer):
     writer.save(counter.deltas({}, float("inf"), now=5), WALL)
     assert writer.vector == counter.vector()
     assert read(path, WALL) == everything(counter, now=5)
+
+
+def test_windows_that_have_ended_leave_the_file_a_part_at_a_time(path, writer, monkeypatch):
+    """What is left is whole: also cancellations and keys of what has ended."""
+    monkeypatch.setattr(datawriter, "ENDED_AT_ONCE", 7)
+    counters = [Counter(replica, wall=lambda: WALL) for replica in (A, B)]
+    for counter in counters:
+        for number in range(30):
+            counter.increment(f"x{number}@{1 + number % 3}h")
+        counter.increment_once("k", "k@1h", 5, now=0)
+        counter.increment("y@1d")
+        counter.increment("z")
+    counters[0].merge(counters[1].delta(B, 0, now=0), now=0)
+    writer.save(counters[0].deltas({}, float("inf"), now=0), WALL)
+    before = read(path)
+    assert not writer.end_windows(WALL)
+    assert read(path) == before
+    horizon, rounds = WALL + 63 * 3600, 1
+    while writer.end_windows(horizon):
+        rounds += 1
+    assert rounds >= 4
+    counters[0].end_windows(horizon)
+    assert read(path) == everything(counters[0])
+    assert writer.vector == counters[0].vector()
+    names = {name for delta in read(path).values() for name in delta.totals}
+    assert "z" in names and any(name.startswith("x2@3h") for name in names)
+    assert not any("@1h" in name for name in names)
+    assert not writer.end_windows(horizon)
+    while writer.end_windows(WALL + 10**9):
+        pass
+    counters[0].end_windows(WALL + 10**9)
+    assert read(path) == everything(counters[0])
 
 
 def test_cancellations_are_read_last(path, writer):
@@ -388,7 +422,7 @@ def test_a_page_of_an_older_time_is_noticed(path, tmp_path):
 def test_a_row_that_is_missing_is_noticed(path, table):
     written(path)
     with contextlib.closing(sqlite3.connect(path)) as db, db:
-        assert db.execute(f"DELETE FROM {table} WHERE replica = 1 AND name = 'keyed' AND sequence = 360").rowcount
+        assert db.execute(f"DELETE FROM {table} WHERE replica = 1 AND name = 'keyed' AND sequence = 390").rowcount
     assert outcome(path) is None
 
 

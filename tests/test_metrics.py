@@ -276,6 +276,7 @@ def test_a_cluster_tells_of_its_peers(start_cluster):
     assert found["counter_peers", ("state", "active")] == found["counter_peers", ("state", "lost")] == 1
     assert lost == {three.address}
     assert found["counter_peer_unconfirmed_increments", ("address", three.address)] == 1
+    assert ("counter_peer_clock_skew_seconds", ("address", two.address)) in found
     assert found[("counter_deltas_sent_total",)] >= 2
     assert found[("counter_gossip_messages_sent_total",)] > found[("counter_gossip_messages_failed_total",)] > 0
     assert found[("counter_gossip_sent_bytes_total",)] > 100 < found[("counter_gossip_received_bytes_total",)]

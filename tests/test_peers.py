@@ -579,3 +579,26 @@ def test_the_heartbeat_sweeps_until_it_is_stopped():
     assert more.wait(10)
     assert heartbeat.stop(10)
     assert [beat for _, _, beat in beats] == list(range(1, len(beats) + 1))
+
+
+def test_how_wall_clocks_differ_is_known_and_reported_once():
+    """Half of the time that an answer took is taken off; less than it took proves nothing."""
+    table = PeerTable(ME, AT_ME, [], INTERVAL_S, TIMEOUT_S, 8, wall=lambda: 1000.0)
+    answer(table, A, AT_A)
+    reports = []
+    for wall, took_s in (
+        (1000.5, 1.0),
+        (1003.0, 0.4),
+        (1003.0, 0.4),
+        (1000.1, 0.2),
+        (999.5, 5.0),
+        (1000.1, 0.2),
+        (998.0, 0.1),
+    ):
+        sender = says(A, AT_A, 2)._replace(wall=wall)
+        reports.append(table.compare_clocks(table.sender(), sender, took_s))
+    assert reports[0] is reports[2] is reports[3] is reports[4] is reports[5] is None
+    assert (reports[1], reports[6]) == (pytest.approx(2.8), pytest.approx(-2.05))
+    assert table.snapshot(0.0)[0].skew_s == pytest.approx(-2.05)
+    assert table.compare_clocks(table.sender(), says(B, AT_B, 1)._replace(wall=9.0), 0.1) is None
+    assert table.compare_clocks(table.sender(), says(A, AT_A, 1), 0.1) is None

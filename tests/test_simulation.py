@@ -6,9 +6,10 @@ import random
 import pytest
 from coverage import Coverage
 from halves import with_more
-from simulation import TIMEOUT_S, Network, check_prefixes, increment, increment_many
+from simulation import EPOCH_S, TIMEOUT_S, Network, check_prefixes, increment, increment_many
 
 from counter import Counter, new_replica, vectors
+from counter.windows import GRACE_S, end_of
 from counter.wire import decode
 
 ADDRESSES = [f"10.0.0.{number}:8080" for number in range(1, 6)]
@@ -185,6 +186,55 @@ def test_a_partition_of_any_length_heals_by_itself(seed):
     network.cut = set()
     assert network.run_until(network.converged, 20)
     assert {node.counter.value("a") for node in network.alive()} == {5}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_windows_end_everywhere_whatever_the_network_and_the_clocks_do(seed):
+    """Partitions last over the end of windows, clocks differ by up to 20 s and are set there:
+    what lives is exact at all nodes once they can talk, and what has ended is nowhere, however late messages are."""
+    network = Network(seed, loss=0.05)
+    rng, counted = network.rng, {}
+    for address in ADDRESSES:
+        network.start(address, seeds=ADDRESSES[:2])
+
+    def ended():
+        return max(node.counter.horizon for node in network.alive())
+
+    def check():
+        for node in network.alive():
+            assert all(end_of(name) > node.counter.horizon for name in node.counter._counters.numbers), seed
+
+    for step in range(20):
+        if step % 5 == 1:
+            network.split(ADDRESSES[:2], ADDRESSES[2:])  # for up to a minute, where windows end after half of one
+        elif step % 5 == 4:
+            network.cut = set()
+        for _ in range(rng.randrange(20)):
+            node, series = rng.choice(network.alive()), rng.choice(("a@5s:5", "b@10s:1", "c@30s:1"))
+            width_s, amount = {"a": 5, "b": 10, "c": 30}[series[0]], rng.choice((1, 2, -1))
+            *dot, _ = node.counter.increment(series, amount)
+            window = f"{series}/{int((EPOCH_S + network.now + node.clock_error_s) // width_s)}"
+            counted.setdefault(window, []).append((dot, amount))
+            network.at(network.now, node, lambda: None)
+            network.run(rng.expovariate(10))
+        rng.choice(network.alive()).clock_error_s = rng.uniform(-20, 20)
+        network.run(rng.uniform(2, 18))
+        check()
+    network.cut, network.loss = set(), 0
+    assert network.run_until(network.converged, 60)
+    check()
+    living = {window: amounts for window, amounts in counted.items() if end_of(window) > ended()}
+    assert living
+    for node in network.alive():
+        for window, amounts in living.items():
+            assert node.counter._counters.get(window) == sum(amount for _, amount in amounts), (seed, window)
+    network.run(2 * 30 + GRACE_S + 41)
+    assert [node.counter.held_windows for node in network.alive()] == [0] * 5
+    assert [node.counter.sizes()[0] for node in network.alive()] == [0] * 5
+    assert network.converged()
+    restarted = network.start(ADDRESSES[0], seeds=ADDRESSES)
+    assert network.run_until(network.converged, 30)
+    assert restarted.counter.held_windows == 0
 
 
 @pytest.mark.parametrize("restarted", [False, True])

@@ -72,6 +72,39 @@ def test_what_is_counted_gets_into_the_file(path, opened):
     assert store.status() == (True, 0, 0.0, None)
 
 
+def test_windows_that_end_go_from_the_file_and_their_room_is_used_again(path, opened, impatient):
+    """Also those of a file from long ago, once a minute has shown that the clock is right."""
+    shown = [time.time()]
+    counter = Counter(A, wall=lambda: shown[0])
+    store = opened(counter)
+
+    def entries():
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            return db.execute("SELECT count(*), count(ends), (SELECT * FROM pragma_page_count()) FROM entry").fetchone()
+
+    pages = []
+    for hour in range(12):
+        for number in range(300):
+            counter.increment(f"v{number}@1h:1")
+        *dot, _ = counter.increment("x")
+        assert store.wait_until_saved(*dot, 10)
+        shown[0] += 3600
+        counter.end_windows(shown[0])
+        wait_until(lambda hour=hour: entries()[:2] == (1 + 300, 300) if hour else True)
+        pages.append(entries()[2])
+    assert pages[-1] <= pages[3]
+    assert store.stop(10)
+    later = Counter(B, wall=lambda: shown[0] + 10**6)
+    second = opened(later)
+    assert (later.held_windows, later.value("v1@1h:1"), later.windows("v1@1h:1", 2)[0][1]) == (300, 0, 0)
+    for now in range(0, 62, 2):
+        later.expire(now)
+    assert (later.held_windows, later.sizes()[0]) == (0, 1)
+    wait_until(lambda: entries()[:2] == (1, 0))
+    assert second.status().ok
+    assert loaded(path).vector() == later.vector() == {A: 12 * 301}
+
+
 def test_what_is_in_the_file_is_counted_by_the_next(path, opened):
     """Under a replica id of its own: the old one goes on nowhere."""
     first = opened()

@@ -4,6 +4,7 @@ import time
 
 import pytest
 from clients import problem
+from conftest import wait_until
 from test_openapi import check
 
 from counter.windows import rfc3339
@@ -100,3 +101,37 @@ def test_a_clock_that_was_set_back_to_what_has_ended_counts_nothing(client, node
     assert node.counter.sequence == before
     wall[0] += 20
     assert client.ask("POST", f"/increment/{name}").json()["count"] == 1
+
+
+def test_nodes_whose_clocks_differ_agree_on_every_window(start_local, connect, caplog):
+    """Each counts in the window it sees, tells by how much the other is ahead, and brings back nothing that ended."""
+    shown = [time.time() // DAY * DAY + DAY / 2] * 2
+    nodes = [start_local()]
+    nodes.append(start_local("--peers", f"127.0.0.1:{nodes[0].port}"))
+    for number, node in enumerate(nodes):
+        wall = lambda number=number: shown[number]  # noqa: E731
+        node.counter._wall = node.table._wall = wall
+    first, second = map(connect, nodes)
+
+    def totals():
+        return [client.ask("GET", "/count/late@1h:2?last=3").json()["total"] for client in (first, second)]
+
+    first.ask("POST", "/increment/late@1h:2")
+    wait_until(lambda: totals() == [1, 1])
+    shown[1] += 3600
+    second.ask("POST", "/increment/late@1h:2?amount=2")
+    wait_until(lambda: totals() == [1, 3])  # to the first it is in a window to come
+    wait_until(lambda: round(first.ask("GET", "/peers").json()["peers"][0]["skew_s"]) == 3600)
+    wait_until(lambda: round(second.ask("GET", "/peers").json()["peers"][0]["skew_s"]) == -3600)
+    assert sum("wall clocks differ" in message for message in caplog.messages) == 2
+    nodes[1].counter.end_windows(shown[1] + 2 * 3600)  # the first window
+    first.ask("POST", "/increment/late@1h:2?amount=10")  # which still lives here
+    first.ask("POST", "/increment/plain")
+    wait_until(lambda: second.ask("GET", "/count/plain").json()["count"] == 1)
+    assert totals() == [11, 2]
+    shown[0] = shown[1]
+    assert totals() == [13, 2]
+    nodes[0].counter.end_windows(shown[1] + 2 * 3600)
+    assert totals() == [2, 2]
+    wait_until(lambda: nodes[0].counter.vector() == nodes[1].counter.vector())
+    assert [node.counter.held_windows for node in nodes] == [1, 1]

@@ -130,6 +130,25 @@ def test_a_number_given_out_again_brings_nothing_of_the_old_window(counter, cloc
     assert copy(counter, D).list("", "", 10**6) == counter.list("", "", 10**6)
 
 
+def test_where_many_end_at_once_all_have_ended_though_some_are_still_held(counter, clock):
+    """A window that is gone already must not begin anew, from 0, while others of its end wait to be dropped."""
+    for number in range(150):
+        counter.increment(f"v{number}@1h")
+    counter.end_windows(T + 61 * HOUR, most=60)
+    assert 0 < counter.held_windows < 150
+    for number in range(150):
+        delta = Delta(B, number, number + 1, {window(f"v{number}"): (number + 1, 7)})
+        assert counter.merge(delta, 0) == APPLIED
+        held = window(f"v{number}") in counter._counters.numbers
+        try:
+            assert counter.increment(f"v{number}@1h")[2] > 7
+            assert held
+        except WindowEnded:
+            assert not held
+    counter.end_windows(T + 61 * HOUR)
+    assert (names(counter), counter.held_windows) == (set(), 0)
+
+
 def test_a_window_that_has_ended_is_not_taken(counter):
     counter.end_windows(T)
     old, live = window("v", 61), window("v", 60)

@@ -131,7 +131,7 @@ def test_windows_are_taken_when_they_end_a_few_at_a_time():
         return number, reached
 
     assert [take(9, 100), take(NEVER, 9)] == [(0, 9), (0, NEVER)]
-    assert [take(25, 3), take(25, 4), take(25, 4), take(25, 4)] == [(3, 9), (2, 10), (4, 19), (1, 20)]
+    assert [take(25, 3), take(25, 4), take(25, 4), take(25, 4)] == [(3, 10), (2, 10), (4, 20), (1, 20)]
     assert sorted(taken) == sorted(names[10] + names[20])
     assert [take(25, 100), take(30, 100), take(99, 100)] == [(0, 25), (5, 30), (0, 99)]
     assert sorted(taken) == sorted(names[10] + names[20] + names[30])
