@@ -309,6 +309,31 @@ def test_a_name_is_shown_large(page, start_node):
     assert "at most" in page.element("plot").get_attribute("aria-label")
 
 
+def test_of_a_windowed_counter_the_chart_has_the_counts_of_windows(page, start_node):
+    """A bar for each window that is kept, up to 60; another counter has its rate again."""
+    node = start_node()
+    node.increment("/increment/plain?amount=7")
+    page.open(node, "#seen@1d:29")
+    page.button("+1 to seen@1d:29").click()
+    node.increment("/increment/seen@1d:29?amount=4")
+    wait_until(lambda: page.text("count") == "5" and page.text("rate") == "5 in 30 windows")
+    assert (page.text("charted"), page.text("peak")) == ("Per 1d", "peak 5")
+    area = page.driver.find_element(By.CSS_SELECTOR, "#plot .area").get_attribute("d")
+    assert area.count("M") == 30
+    assert "5" in page.element("plot").get_attribute("aria-label")
+    wait_until(lambda: page.counters() == {"plain": "7", "seen@1d:29": "5"})
+    page.search("seen@")
+    wait_until(lambda: list(page.counters()) == ["seen@1d:29"])
+    page.search("new@1h")
+    wait_until(lambda: page.counters() == {"new@1h": "0"})
+    page.button("+1 to new@1h").click()
+    wait_until(lambda: page.counters() == {"new@1h": "1"})
+    page.search("plain")
+    wait_until(lambda: list(page.counters()) == ["plain"])
+    page.driver.find_elements(By.CSS_SELECTOR, ".pick")[0].click()
+    wait_until(lambda: page.text("charted") == "Rate" and page.text("rate") == "0/s")
+
+
 def test_the_cluster_is_shown(page, start_cluster):
     """Increments at another node, peers with their state, and this node's own id and address."""
     one, two, three = start_cluster(3)
