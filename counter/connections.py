@@ -301,7 +301,7 @@ class Connection:
                 self.state = CLOSED
         elif self._stream is not None and not self._poller.ends(self):
             self.state = STREAMING
-            self._poller.streams.add(self, now)
+            self._poller.streams.add(self)
             self._poller.hold(self, 0)
         elif self._is_last:
             self.sock.shutdown(socket.SHUT_WR)

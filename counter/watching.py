@@ -11,6 +11,7 @@ import math
 
 INTERVAL_S = 0.1  # between two looks at what has changed, so that a stream has at most 10 events a second
 LOOK_S = 1.0  # a look without a change: for tokens that are no longer good, windows that end, and comments
+AT_ONCE = 100  # streams that go on while all other connections wait: a millisecond
 COMMENT_S = 15.0  # a stream is not silent for longer: proxies hang up on what is, and a reader that is gone is found
 CONTENT_TYPE = "text/event-stream"
 HEADERS = (("Cache-Control", "no-store"), ("X-Accel-Buffering", "no"))  # the latter for nginx, which would hold it back
@@ -50,43 +51,44 @@ class Streams:
     def __init__(self, wake_on_change, call, step):
         self._wake_on_change, self._call, self._step = wake_on_change, call, step
         self._connections = set()
-        self._looked_at = -math.inf
-        self.due_at = math.inf  # when to look next
+        self._has_changed, self._looked_at = False, -math.inf
+        self._to_go_on = []  # those whose turn is still to come in the present look
 
     def __len__(self):
         return len(self._connections)
 
-    def add(self, connection, now):
+    @property
+    def due_at(self):
+        """When to look next."""
+        if self._to_go_on:
+            return -math.inf
+        return self._looked_at + (INTERVAL_S if self._has_changed else LOOK_S) if self._connections else math.inf
+
+    def add(self, connection):
         """Have a connection go on whenever something has changed, until it is discarded."""
-        if connection in self._connections:
-            return
-        if not self._connections:
-            self._await_change(now)
-        self._connections.add(connection)
-        self.set()  # its first event may be out of date already
+        if connection not in self._connections:
+            self._connections.add(connection)
+            self.set()  # its first event may be out of date already
 
     def discard(self, connection):
         self._connections.discard(connection)
-        if not self._connections:
-            self.due_at = math.inf
 
     def set(self):
         """Take note that something has changed, as a threading.Event does.  Any thread may call it."""
         self._call(self._changed)
 
-    def _changed(self, now):
-        if self._connections:
-            self.due_at = min(self.due_at, max(now, self._looked_at + INTERVAL_S))
+    def _changed(self, _now):
+        self._has_changed = True
 
     def look(self, now):
-        """Let the streams go on if it is time; return when it is next."""
+        """Let some streams go on if it is time; return when it is next."""
         if now >= self.due_at:
-            self._looked_at = now
-            self._await_change(now)  # before they look: what changes in between has another look
-            for connection in list(self._connections):
+            if not self._to_go_on:
+                self._looked_at, self._has_changed = now, False
+                self._wake_on_change(self)  # before they look: what changes in between has another look
+                self._to_go_on = list(self._connections)
+            turn = self._to_go_on[-AT_ONCE:]
+            del self._to_go_on[-AT_ONCE:]
+            for connection in turn:
                 self._step(connection, connection.go_on_streaming, now)
         return self.due_at
-
-    def _await_change(self, now):
-        self.due_at = now + LOOK_S
-        self._wake_on_change(self)

@@ -79,13 +79,6 @@ class Stream:
         return self.event
 
 
-class Streams(set):
-    """What a connection sees of the streams of its poller."""
-
-    def add(self, connection, _now):
-        super().add(connection)
-
-
 class Api:
     """Counts what it is asked; the path says how it answers."""
 
@@ -136,7 +129,7 @@ class Poller:
         self.repeated, self.given_back, self.complaints = {}, [], []
         self.ending, self.has_places = set(), True
         self.held, self.held_max = 0, 10**9
-        self.streams = Streams()
+        self.streams = set()
         self.deadlines = Earliest(lambda connection: connection.deadline, lambda connection: not connection.closed)
 
     def remember(self, received, exchange):

@@ -106,6 +106,25 @@ def test_a_peer_that_an_answer_shows_is_asked_as_well():
     assert (read.fresh, node.counter.value("x")) == (True, 1)
 
 
+def test_in_a_large_cluster_as_well_a_peer_that_an_answer_shows_is_asked():
+    """There a node does not contact each that it hears of."""
+    node = Half()
+    peers = {f"10.0.1.{number}:80": Half(f"{number:08x}-0000-8000", f"10.0.1.{number}:80") for number in range(9)}
+    for address, peer in peers.items():
+        node.meet(address, peer.counter.replica)
+    read = node.gossip.freshness.begin(1.0)
+    link = node.links.take(1.0)
+    shown = answer({}, link.peer, link.address)._replace(view=View([(C, AT_C, 1)], []))
+    node.gossip.answered(link, node.gossip.request(link, 1.0), shown, 1.0)
+    peers[AT_C] = Half(C, AT_C)
+    peers[AT_C].counter.increment("x")
+    for _ in range(9):
+        assert not read.fresh
+        link = node.links.take(1.1)
+        talk(node, peers[link.address], link, 1.1)
+    assert (read.fresh, read.nodes, node.counter.value("x")) == (True, 11, 1)
+
+
 def test_a_peer_that_is_lost_ends_a_read_unless_that_does_without():
     node, (link, _) = met(A, B)
     node.table.progress(B, 10.0)

@@ -9,7 +9,7 @@ from clients import Watcher, gossip_request, problem, request
 from conftest import wait_until
 
 from counter import Delta, new_replica
-from counter.watching import COMMENT_S, INTERVAL_S, LOOK_S, Streams, Watch
+from counter.watching import AT_ONCE, COMMENT_S, INTERVAL_S, LOOK_S, Streams, Watch
 
 
 class Watched:
@@ -62,7 +62,7 @@ class Loop:
         self.streams = Streams(self.waiting.add, self.calls.append, lambda _connection, function, now: function(now))
 
     def add(self, connection, now):
-        self.streams.add(connection, now)
+        self.streams.add(connection)
         self.turn(now)
 
     def change(self, now):
@@ -112,13 +112,25 @@ def test_streams_are_looked_at_without_a_change_as_well():
     assert connection.went_on == [10.0, 11.0, 12.0]
 
 
+def test_of_many_streams_some_go_on_at_a_time():
+    """Other connections are served in between; each has its turn once, also where some end meanwhile."""
+    loop, connections = Loop(), [Connection() for _ in range(3 * AT_ONCE - 1)]
+    for connection in connections:
+        loop.streams.add(connection)
+    for number in range(1, 3):
+        assert loop.turn(10.0) <= 10.0  # there is more to do, at once
+        assert sum(len(connection.went_on) for connection in connections) == number * AT_ONCE
+    loop.streams.discard(next(connection for connection in connections if not connection.went_on))
+    assert loop.change(10.01) == 10.0 + INTERVAL_S
+    assert all(len(connection.went_on) == 1 for connection in connections)
+
+
 def test_where_nobody_watches_nothing_is_looked_at():
     loop, connection = Loop(), Connection()
     loop.add(connection, 10.0)
     loop.streams.discard(connection)
     assert loop.change(10.1) == float("inf")
     assert loop.turn(20.0) == float("inf")
-    assert not loop.waiting
     assert connection.went_on == [10.0]
 
 
