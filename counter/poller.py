@@ -11,7 +11,6 @@ All else that is called from other threads is said there to be.
 import contextlib
 import logging
 import math
-import selectors
 import socket
 import threading
 import time
@@ -29,6 +28,7 @@ from counter.connections import (
     STREAMING,
     Connection,
 )
+from counter.events import READ, WRITE, Events
 from counter.exchanges import Repeated
 from counter.http1 import unavailable
 from counter.places import GUEST, PEER, Earliest
@@ -36,8 +36,7 @@ from counter.watching import Streams
 
 log = logging.getLogger("counter.serving")
 
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-EVENTS = {RECEIVING: READ, SENDING: WRITE, STREAMING: READ, LINGERING: READ}
+WATCHED = {RECEIVING: READ, SENDING: WRITE, STREAMING: READ, LINGERING: READ}
 TICK_S = 1.0  # what has no event of its own is seen to so often
 REPEATED_MAX, REPEATED_SIZE_MAX = 1000, 1024  # requests remembered, and the bytes of each
 HELD_MAX = 32 * 2**20  # bytes, see hold()
@@ -78,7 +77,7 @@ class Poller:
         self._spare = bytes(SPARE_SIZE)
         self._ending = frozenset()  # kinds of connections that end after their request
         self._awaited = []  # (kinds, event to set once there are none of them)
-        self._selector = selectors.DefaultSelector()
+        self._events = Events()
         self._now = self._look_at = time.monotonic()  # of this turn; when to look whose time is up
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
@@ -89,7 +88,7 @@ class Poller:
         self._woken, self._waker = socket.socketpair()
         for sock in (self._woken, self._waker):
             sock.setblocking(False)
-        self._selector.register(self._woken, READ)
+        self._events.register(self._woken, READ, None)
 
     # Other threads may call these.
 
@@ -204,7 +203,7 @@ class Poller:
                 log.exception("serving connections failed")
         for connection in list(self._connections):
             self._close(connection)
-        self._selector.close()
+        self._events.close()
         self._woken.close()
         self._waker.close()
         self._requests.close(self.tally)
@@ -225,14 +224,16 @@ class Poller:
         self._is_asleep = True
         # Other threads may have added to these just before, and not have seen it asleep.
         patience_s = 0 if self._calls or self._given_back else self._look_at - self._now
-        events = self._selector.select(patience_s)
+        ready = self._events.wait(patience_s)
         self._is_asleep = False
         now = self._now = time.monotonic()
-        for key, _ in events:
-            connection = key.data
+        for connection in ready:
             if connection is None:
                 with contextlib.suppress(BlockingIOError):
                     self._woken.recv(4096)
+                continue
+            if connection.state is RECEIVING:
+                self._step(connection, connection.receive, now)
                 continue
             if connection.state is ANSWERING:
                 self._take_back(now)
@@ -272,18 +273,23 @@ class Poller:
         except Exception:  # a bug; it costs this connection only
             log.exception("serving a connection failed")
             connection.state = CLOSED
+        if connection.state is not RECEIVING or connection.watched != READ:
+            self._settle(connection)
+
+    def _settle(self, connection):
+        """Wait for what a connection waits for now, if that is something else than before."""
         if connection.state is CLOSED:
             self._close(connection)
-        elif connection.watched != EVENTS.get(connection.state, connection.watched):
-            self._watch(connection, EVENTS[connection.state])
+        elif connection.watched != WATCHED.get(connection.state, connection.watched):
+            self._watch(connection, WATCHED[connection.state])
 
     def _watch(self, connection, events):
         if not events:
-            self._selector.unregister(connection.sock)
+            self._events.unregister(connection.sock)
         elif not connection.watched:
-            self._selector.register(connection.sock, events, connection)
+            self._events.register(connection.sock, events, connection)
         else:
-            self._selector.modify(connection.sock, events, connection)
+            self._events.modify(connection.sock, events)
         connection.watched = events
 
     def _take_back(self, now):

@@ -684,16 +684,16 @@ def test_without_any_memory_what_is_half_way_ends_and_the_rest_goes_on(start_loc
     client, half = connect(node), connect(node)
     assert client.ask("GET", "/count").status == 200
     half.send(b"GET /count HTTP/1.1\r\nX: ")
-    selector, tries = node.server._poller._selector, itertools.count()
+    events, tries = node.server._poller._events, itertools.count()
     wait_until(lambda: node.server._poller._held)
-    select = selector.select
+    wait = events.wait
 
-    def select_later(timeout):
+    def wait_later(timeout):
         if next(tries) < 3:
             raise MemoryError
-        return select(timeout)
+        return wait(timeout)
 
-    monkeypatch.setattr(selector, "select", select_later)
+    monkeypatch.setattr(events, "wait", wait_later)
     node.server._poller.call(lambda _now: None)
     assert half.is_over()
     assert client.ask("POST", "/increment").status == 200
