@@ -9,6 +9,9 @@ class Authority:
 
     def __init__(self, folder):
         self.folder, self.ca = folder, folder / "ca.crt"
+        self._make_ca()
+
+    def _make_ca(self):
         self._make("ca", "-subj", "/CN=test CA", "-addext", "keyUsage=critical,keyCertSign,cRLSign")
 
     def issue(self, name, names="DNS:localhost,IP:127.0.0.1"):
@@ -24,6 +27,22 @@ class Authority:
         lock = ["openssl", "pkey", "-in", key, "-aes256", "-passout", "pass:x", "-out", locked]
         subprocess.run(lock, check=True, capture_output=True)
         locked.chmod(0o600)
+
+    def renew(self):
+        """Take another key for all certificates from now on; trust those of the old one as well until it is dropped."""
+        before = self.ca.read_text()
+        self._make_ca()
+        self._trust(self.ca.read_text() + before)
+
+    def drop_old(self):
+        """Trust only the latest key."""
+        end = "-----END CERTIFICATE-----\n"
+        self._trust(self.ca.read_text().partition(end)[0] + end)
+
+    def _trust(self, certificates):
+        new = self.folder / "ca.new"
+        new.write_text(certificates)
+        new.rename(self.ca)  # whoever reads it finds it whole
 
     def client(self, name=None):
         """Return an ssl.SSLContext that trusts this authority, and shows the certificate with that name, if any."""

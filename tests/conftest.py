@@ -1,7 +1,6 @@
 """What several test files share: nodes as real processes, and waiting for conditions."""
 
 import contextlib
-import functools
 import http.client
 import json
 import os
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from authority import Authority
 from clients import Client
 
 from counter.config import parse_arguments
@@ -48,6 +48,17 @@ def free_port():
             return port
 
 
+def pytest_addoption(parser):
+    parser.addoption("--tls", action="store_true", help="let nodes that are processes speak TLS")
+
+
+def pytest_configure(config):
+    if config.getoption("--tls"):
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        NodeProcess.speak_tls(Authority(Path(folder.name)))
+
+
 class Answer:
     def __init__(self, response):
         self.status, self.headers = response.status, response.headers
@@ -63,12 +74,20 @@ class NodeProcess:
     `limit` is for the shell's ulimit; `tls` is the ssl.SSLContext with which it is asked, if it speaks TLS.
     """
 
+    secured = (), None  # the flags that all nodes have, and how they are then asked
+
+    @classmethod
+    def speak_tls(cls, authority):
+        """Give all nodes from now on, and those who ask them, a certificate."""
+        cls.secured = (*authority.issue("node"), "--tls-ca", authority.ca), authority.client("node")
+
     def __init__(self, *arguments, port=0, peers=(), limit=None, tls=None):
+        secured, self.tls = self.secured if tls is None else ((), tls)
         seeds = ["--peers", ",".join(peer.address for peer in peers)] if peers else []
-        command = [sys.executable, "counter_server.py", "--port", str(port), *FAST, *seeds, *map(str, arguments)]
+        flags = map(str, ("--port", port, *FAST, *seeds, *secured, *arguments))
+        command = [sys.executable, "counter_server.py", *flags]
         if limit:
             command = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh", *command]
-        self.tls = tls
         self.log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.DEVNULL, stderr=self.log)
         try:
@@ -85,12 +104,15 @@ class NodeProcess:
     def stderr(self):
         return os.pread(self.log.fileno(), 2**20, 0).decode()
 
+    def connection(self, timeout_s):
+        """Return an http.client connection to it, not yet connected."""
+        if self.tls:
+            return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=timeout_s, context=self.tls)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+
     def ask(self, method, path, body=None, headers=None, timeout_s=10):
         """Return the Answer to one request; OSError or HTTPException if there is none."""
-        kind = http.client.HTTPConnection
-        if self.tls:
-            kind = functools.partial(http.client.HTTPSConnection, context=self.tls)
-        connection = kind("127.0.0.1", self.port, timeout=timeout_s)
+        connection = self.connection(timeout_s)
         with contextlib.closing(connection):
             connection.request(method, path, body, headers or {})
             return Answer(connection.getresponse())

@@ -4,9 +4,9 @@ Every node advertises the address of its proxy, so all its peers reach it throug
 works on whole messages, and knows by their sender which link they travel on.
 """
 
-import http.client
 import json
 import random
+import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -60,9 +60,17 @@ class Proxy(ThreadingHTTPServer):
     def __init__(self, network, position):
         super().__init__(("127.0.0.1", 0), ProxiedRequest)
         self.network, self.position = network, position
+        self.context = proxy_context(NodeProcess.secured[0])
         self.address = f"127.0.0.1:{self.server_address[1]}"
         self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), name="proxy")
         self._thread.start()
+
+    def get_request(self):
+        """Accept a connection; where nodes speak TLS it does so too, and has to read what it passes on."""
+        sock, address = super().get_request()
+        if self.context:
+            sock = self.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        return sock, address
 
     def close(self):
         self.shutdown()
@@ -71,6 +79,16 @@ class Proxy(ThreadingHTTPServer):
 
     def handle_error(self, *_):
         pass  # a node was killed in the middle of a message
+
+
+def proxy_context(flags):
+    """Return the ssl.SSLContext of a proxy before nodes with these flags; None if they speak plain HTTP."""
+    if not flags:
+        return None
+    cert, key = flags[1], flags[3]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    return context
 
 
 class ProxiedRequest(BaseHTTPRequestHandler):
@@ -89,7 +107,7 @@ class ProxiedRequest(BaseHTTPRequestHandler):
         copies = 2 if network.rng.random() < network.repeat else 1
         if network.recording:
             network.recorded.append((self.headers["Counter-Signature"], body))
-        replies = [self._forward(network.nodes[to].port, self._damaged(body)) for _ in range(copies)]
+        replies = [self._forward(network.nodes[to], self._damaged(body)) for _ in range(copies)]
         status, headers, answer = replies[0]  # to the second copy a node only answers who it is
         network.over.wait(network.rng.uniform(0, network.delay_s))
         if (to, sender) in network.cut:
@@ -103,8 +121,8 @@ class ProxiedRequest(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(answer)
 
-    def _forward(self, port, body):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    def _forward(self, node, body):
+        connection = node.connection(timeout_s=5)
         try:
             connection.request("POST", self.path, body, {"Counter-Signature": self.headers["Counter-Signature"]})
             response = connection.getresponse()
