@@ -13,6 +13,7 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+from authority import Authority
 from conftest import PROJECT, require_tools
 
 from counter import Counter, Delta, new_replica
@@ -20,6 +21,7 @@ from counter.config import parse_arguments
 
 DEPLOY = PROJECT / "deploy"
 UNIT = DEPLOY / "counter-server.service"
+DROP_IN = DEPLOY / "counter-server.tls.conf"
 FURTHER = 5  # processes beside the first that incremented all counters
 
 
@@ -36,13 +38,20 @@ def stateful_set():
 
 
 def stateful_set_with_data():
-    """Return what kustomization.yaml makes of it: its patch has operations of RFC 6902, all of which add."""
-    (patch,) = yaml.safe_load((DEPLOY / "kustomization.yaml").read_text())["patches"]
-    patched = stateful_set()
+    return patched_by("kustomization.yaml", stateful_set())
+
+
+def stateful_set_with_tls():
+    return patched_by("tls/kustomization.yaml", stateful_set_with_data())
+
+
+def patched_by(name, patched):
+    """Return what a file of Kustomize makes of it: its patch has operations of RFC 6902, all of which add."""
+    (patch,) = yaml.safe_load((DEPLOY / name).read_text())["patches"]
     assert patch["target"] == {"kind": patched["kind"], "name": patched["metadata"]["name"]}
     for change in yaml.safe_load(patch["patch"]):
         assert change["op"] == "add"
-        *path, last = change["path"].strip("/").split("/")
+        *path, last = (part.replace("~1", "/") for part in change["path"].strip("/").split("/"))
         parent = patched
         for part in path:
             parent = parent[int(part) if type(parent) is list else part]
@@ -63,8 +72,8 @@ def compose(name="compose.yaml"):
     return yaml.safe_load((DEPLOY / name).read_text())
 
 
-def unit_arguments(data=False):
-    line = re.search("^ExecStart=(.*)$", UNIT.read_text(), re.MULTILINE)[1]
+def unit_arguments(data=False, unit=UNIT):
+    line = re.search("^ExecStart=(.+)$", unit.read_text(), re.MULTILINE)[1]
     example = re.search("COUNTER_PEERS=([^']+)", UNIT.read_text())[1]
     options = re.search("COUNTER_OPTIONS=([^']+)", UNIT.read_text())[1] if data else ""
     return shlex.split(line.replace("${COUNTER_PEERS}", example).replace("$COUNTER_OPTIONS", options))[1:]
@@ -81,6 +90,13 @@ def command_lines_with_data():
     yield unit_arguments(data=True)
     yield stateful_set_with_data()["spec"]["template"]["spec"]["containers"][0]["args"]
     for service in compose("compose.data.yaml")["services"].values():
+        yield service["command"]
+
+
+def command_lines_with_tls():
+    yield unit_arguments(unit=DROP_IN)
+    yield stateful_set_with_tls()["spec"]["template"]["spec"]["containers"][0]["args"]
+    for service in compose("compose.tls.yaml")["services"].values():
         yield service["command"]
 
 
@@ -133,14 +149,54 @@ def test_systemd_accepts_the_unit(tmp_path):
     assert exposure.returncode == 0, exposure.stdout
 
 
-@pytest.mark.parametrize("name", ["compose.yaml", "compose.data.yaml"])
+TLS_FLAGS = {"--tls-cert": "node.crt", "--tls-key": "node.key", "--tls-ca": "ca.crt", "--token-file": "tokens"}
+
+
+@pytest.mark.parametrize("arguments", [*command_lines_with_tls()], ids=" ".join)
+def test_a_command_line_with_tls_is_accepted(arguments, tmp_path):
+    """It names all files there are for that, beside the secret."""
+    require_tools("openssl")
+    Authority(tmp_path).issue("node")
+    for name, content in (("secret", "deployed" * 4), ("counter", "deployed" * 4), ("tokens", "read deployed")):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o400)
+    text = re.sub(r"(--(?:secret|token|tls)-[a-z]+[ =])\S*/", rf"\1{tmp_path}/", " ".join(arguments))
+    config = parse_arguments(text.split())
+    assert config.certificates.asks_peers
+    assert config.tokens
+    assert config.secrets
+
+
+def test_with_tls_is_as_without_but_for_its_files():
+    """Which all are there, where the flags look for them, and probes ask as the node answers."""
+    without = [*command_lines()]
+    without[1] = [*command_lines_with_data()][1]  # the one with TLS is made of this
+    for with_tls, plain in zip(command_lines_with_tls(), without, strict=True):
+        added = {flag: path for flag, path in flags(with_tls).items() if flag not in flags(plain)}
+        assert {flag: Path(path).name for flag, path in added.items()} == TLS_FLAGS
+        assert flags(with_tls) == flags(plain) | added
+        assert {str(Path(path).parent) for path in added.values()} <= {
+            str(Path(flags(plain)["--secret-file"]).parent), "/run/secrets"
+        }  # fmt: skip
+    loaded = re.findall(r"^LoadCredential=(\S+):", UNIT.read_text() + DROP_IN.read_text(), re.MULTILINE)
+    assert sorted(loaded) == sorted(["secret", *TLS_FLAGS.values()])
+    secured = compose("compose.tls.yaml")
+    assert {*secured["secrets"], "counter"} == {"counter", *TLS_FLAGS.values()}
+    assert all(set(service["secrets"]) == {"counter", *TLS_FLAGS.values()} for service in secured["services"].values())
+    pod = stateful_set_with_tls()["spec"]["template"]["spec"]["containers"][0]
+    assert {pod[f"{kind}Probe"]["httpGet"]["scheme"] for kind in ("startup", "liveness", "readiness")} == {"HTTPS"}
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.data.yaml", "compose.tls.yaml"])
 def test_compose_accepts_its_files(name):
     """They follow the schema of the Compose specification."""
     checked = run(sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", f"deploy/{name}")
     assert checked.returncode == 0, checked.stdout
 
 
-@pytest.mark.parametrize("document", [*documents(), stateful_set_with_data()], ids=lambda document: document["kind"])
+@pytest.mark.parametrize(
+    "document", [*documents(), stateful_set_with_data(), stateful_set_with_tls()], ids=lambda document: document["kind"]
+)
 def test_kubernetes_accepts_its_resources(document):
     """They follow the schemas of its API, without unknown fields."""
     kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
