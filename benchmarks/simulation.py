@@ -35,8 +35,9 @@ class SimulatedNode:
         self.network, self.address = network, address
         self.alive, self.paused_until = True, 0.0
         self.wakes_at = float("inf")  # for the link that becomes due next
+        self.clock_ahead_s = rng.uniform(0, network.clocks_differ_s) if network.clocks_differ_s else 0.0
         self.clock_error_s = 0.0  # of its wall clock
-        self.counter = Counter(new_replica(rng.getrandbits), wall=self._wall)
+        self.counter = Counter(new_replica(rng.getrandbits), key_window_s=network.key_window_s, wall=self._wall)
         self.table = PeerTable(
             self.counter.replica, address, seeds, INTERVAL_S, TIMEOUT_S, fanout=8, rng=rng, wall=self._wall
         )
@@ -46,28 +47,33 @@ class SimulatedNode:
         self.gossip = Gossip(self.counter, self.table, self.links, confirmations, self.joining, push_fanout=8)
         network.at(network.now, self, self.sweep)
 
+    @property
+    def now(self):
+        """What its clock shows."""
+        return self.network.now + self.clock_ahead_s
+
     def _wall(self):
         return EPOCH_S + self.network.now + self.clock_error_s
 
     def increment(self, name, amount, key=None):
-        increment(self.counter, self.network.log, name, amount, key, self.network.now)
+        increment(self.counter, self.network.log, name, amount, key, self.now)
         self.network.at(self.network.now, self, lambda: None)  # it sends after whatever it does
 
     def increment_many(self, amounts, key=None):
-        increment_many(self.counter, self.network.log, amounts, key, self.network.now)
+        increment_many(self.counter, self.network.log, amounts, key, self.now)
         self.network.at(self.network.now, self, lambda: None)
 
     def sweep(self):
-        now = self.network.now
+        now = self.now
         sweep = self.table.sweep(now)
         for change in sweep.changes:
             self.network.note(self, change)
         self.gossip.swept(sweep.contact, sweep.seeds, now)
-        self.network.at(now + INTERVAL_S, self, self.sweep)
+        self.network.at(self.network.now + INTERVAL_S, self, self.sweep)
 
     def send(self):
         """Send all that is due, as the workers would."""
-        now = self.network.now
+        now = self.now
         while link := self.links.take(now):
             if link.is_seed:
                 self.links.released(link)
@@ -79,7 +85,8 @@ class SimulatedNode:
                 self.links.released(link)
         if (due := self.links.next_due(now)) < self.wakes_at:
             self.wakes_at = due
-            self.network.at(due, self, self.wake)
+            # A rounded difference must not wake it a moment too soon, or it would do so for ever.
+            self.network.at(due - self.clock_ahead_s * (1 - 1e-9), self, self.wake)
 
     def wake(self):
         self.wakes_at = float("inf")
@@ -92,6 +99,9 @@ class Network:
     the very Message, of which nobody changes any part: that is many times faster, and only one
     message in SAMPLE is encoded, for its size.
     """
+
+    key_window_s = 3600.0  # of all nodes
+    clocks_differ_s = 0.0  # by so much at most
 
     def __init__(self, seed, loss=0.1, repeat=0.1, delay_s=0.05, as_json=True):
         self.rng = random.Random(seed)
@@ -157,19 +167,19 @@ class Network:
         """Carry a request and its answer; whatever is lost ends in a failure at the sender."""
         sent = self._send(request)
         timeout = self.at(
-            self.now + READ_TIMEOUT_S, sender, lambda: sender.links.failed(link, OSError("lost"), self.now)
+            self.now + READ_TIMEOUT_S, sender, lambda: sender.links.failed(link, OSError("lost"), sender.now)
         )
 
         def answered(answer):
             if timeout[-1] is not None:
                 timeout[-1] = None
                 try:
-                    sender.gossip.answered(link, request, self._receive(answer), self.now)
+                    sender.gossip.answered(link, request, self._receive(answer), sender.now)
                 except ValueError as error:
-                    sender.links.failed(link, error, self.now)
+                    sender.links.failed(link, error, sender.now)
 
         def arrive(receiver):
-            answer = self._send(receiver.gossip.receive(self._receive(sent), self.now))
+            answer = self._send(receiver.gossip.receive(self._receive(sent), receiver.now))
             for delay_s in self._deliveries(receiver.address, sender.address):
                 self.at(self.now + delay_s, sender, lambda: answered(answer))
 

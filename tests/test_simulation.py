@@ -170,6 +170,77 @@ def run_at_random(network):
     network.check()
 
 
+class SlowNetwork(Network):
+    """Some of its messages take longer than a key is kept, and the clocks of its nodes differ."""
+
+    key_window_s, clocks_differ_s = 10.0, 1000.0
+
+    def delay(self, sender, receiver):
+        return self.rng.uniform(0, 12.0) if self.rng.random() < 0.05 else super().delay(sender, receiver)
+
+
+class Requests:
+    """Clients that use few keys again and again, and the oracle that knows how many requests they made.
+
+    A request is repeated, at any node, for less than half a window, and the next one with its key comes when
+    its key has certainly expired.
+    """
+
+    REPEATED_S, EXPIRED_S = 4.0, 16.0
+
+    def __init__(self, network):
+        self.network, self.rng = network, network.rng
+        self.began_at = {}  # name -> when the latest request with its key was first sent
+        self.number = dict.fromkeys("abcdef", 0)  # of each name the requests so far
+        self.replays = self.taken_twice = 0
+
+    def send(self):
+        """Send one request to a node that goes on, for the first time or again."""
+        now, name = self.network.now, self.rng.choice(list(self.number))
+        age_s = now - self.began_at.get(name, -1000.0)
+        if self.REPEATED_S < age_s < self.EXPIRED_S:
+            return
+        if is_new := age_s >= self.EXPIRED_S:
+            self.began_at[name] = now
+            self.number[name] += 1
+        node = self.rng.choice([node for node in self.network.alive() if node.paused_until <= now])
+        before = node.counter.sequence
+        node.increment(name, 1, f"key of {name}")
+        self.replays += before == node.counter.sequence
+        self.taken_twice += before < node.counter.sequence and not is_new
+
+
+def play(seed, pause_s, calm_s):
+    """Let clients count while nodes pause, one at a time, and some time apart; return the Requests and the nodes."""
+    network = SlowNetwork(seed)
+    for address in ADDRESSES:
+        network.start(address, seeds=ADDRESSES[:1])
+    assert network.run_until(network.converged, 60)
+    requests, pause_at = Requests(network), 0.0
+    while network.now < 300:
+        if network.now >= pause_at:
+            node, lasts_s = network.rng.choice(network.alive()), network.rng.uniform(0, pause_s)
+            node.paused_until = network.now + lasts_s
+            pause_at = network.now + lasts_s + calm_s
+        requests.send()
+        network.run(network.rng.expovariate(4))
+    network.loss = 0
+    network.run(30)
+    assert network.run_until(network.converged, 60)
+    return requests, network.alive()
+
+
+@pytest.mark.parametrize("seed", range(100, 104))
+def test_each_request_with_a_key_counts_once(seed):
+    """Though it comes to several nodes, messages and pauses outlast the key, and the key comes anew."""
+    requests, nodes = play(seed, pause_s=12.0, calm_s=10.0)
+    assert min(requests.number.values()) > 10
+    assert requests.replays > 100
+    assert requests.taken_twice > 4
+    for node in nodes:
+        assert {name: node.counter.value(name) for name in requests.number} == requests.number
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_partition_of_any_length_heals_by_itself(seed):
     """Both sides drop each other, and still find each other and agree after the cut is mended."""
