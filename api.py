@@ -13,6 +13,7 @@ import re
 import time
 
 from counter import (
+    Ended,
     KeyReused,
     TooManyCounters,
     TooManyKeys,
@@ -37,7 +38,7 @@ WINDOWS_QUICK = 100  # of which the counts are answered in a fraction of a milli
 BATCH_QUICK = 4096  # bytes of a batch that takes a fraction of a millisecond: some hundred names
 CONDITIONS = ("acks", "durable", "timeout")  # parameters: where an increment is to be before the answer
 RETRY_AFTER_MAX_S = 60
-NOT_COUNTED = (TooManyCounters, TooManyKeys, KeyReused, WindowEnded)
+NOT_COUNTED = (Ended, TooManyCounters, TooManyKeys, KeyReused, WindowEnded)
 SHOWN_MAX = 5  # addresses in a refusal
 # A peer needs one connection; a second one while it replaces that.  The others are for peers to come.
 CONNECTIONS_PER_PEER, PEERS_SPARE = 2, 16
@@ -354,6 +355,8 @@ def _some(addresses):
 
 def _not_counted(error):
     """Return the Refused that tells a client why its increment was not counted."""
+    if isinstance(error, Ended):
+        return unavailable(STOPPING)
     if isinstance(error, TooManyCounters):
         return Refused(507, "this node has --max-counters counters; increment one that exists")
     if isinstance(error, WindowEnded):

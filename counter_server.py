@@ -90,9 +90,9 @@ class Node:
             config.peer_timeout,
             config.fanout,
         )
-        confirmations = Confirmations()
+        confirmations = Confirmations(self.counter.carriers)
         links = Links(self.counter, confirmations, config.retry_backoff, config.retry_backoff_max)
-        self.joining = Joining(bool(config.peers), config.join_timeout)
+        self.joining = Joining(bool(config.peers), config.join_timeout, self.counter.lacks)
         self.gossip = Gossip(self.counter, self.table, links, confirmations, self.joining, config.fanout)
         workers = config.retry_workers + DOUBTFUL_MAX
         self.replicator = Replicator(
@@ -163,13 +163,14 @@ class Node:
         Returns whether everything is in the data file, if there is one.
         """
         self.server.stop_serving_clients(self._stop_waiting)
-        peers = self.table.active()
+        peers, accepted = self.table.active(), self.counter.accepted
+        self.gossip.end()
         complete, left_over = self.gossip.drain(time.monotonic, self.config.drain_timeout)
         self._report_handing_over(complete, left_over)
         ended = [self.heartbeat.stop(STOP_S), self.replicator.stop(STOP_S), self.server.stop()]
         if not all(ended):
             log.warning("stopping: some threads still run")
-        accepted, unconfirmed = self.counter.vector().get(self.counter.replica, 0), self.gossip.unconfirmed()
+        unconfirmed = self.gossip.unconfirmed()
         held_by = sum(unconfirmed.get(id) == 0 for id, _ in peers)
         saved = self.store is None or self.store.stop(SAVE_S)  # last: until now peers may have brought news
         if not saved:

@@ -15,8 +15,8 @@ from counter.links import LINK_IDLE_S
 from counter.past import Past
 from counter.roster import ACTIVE, LOST
 from counter.state import APPLIED, GAP, NEEDS
-from counter.vectors import Vector, lacks
-from counter.wire import Message, View
+from counter.vectors import Vector
+from counter.wire import ABSORBING, Message, View
 from peers import log_changes
 
 log = logging.getLogger("counter.replication")
@@ -53,11 +53,21 @@ class Gossip:
         self.freshness.look(now)  # the sweep may have found peers to be lost
         self._counter.expire(now)
         self.past.look(now)
+        self._absorb()
         if not self._joining.ready:
             refusals = self._links.refusals(self._table.seed_addresses())
             own, mine = self._counter.replica, self._counter.vector()
             self._joining.look(now, own, mine, self._table.present(), refusals)
             self._say_if_ready()
+
+    def _absorb(self):
+        """Absorb a replica that has ended and is gone, if it made this node its heir."""
+        if self._all_absorb() and (absorbed := self._counter.absorb(kept=self._table.present())):
+            log.info("absorbed: id=%s", absorbed)
+
+    def _all_absorb(self):
+        """Return whether all active peers are known to understand who ended, and was absorbed."""
+        return all(self._table.v_of(id) >= ABSORBING for id, _ in self._table.active())
 
     def _say_if_ready(self):
         if self._joining.ready:
@@ -87,10 +97,10 @@ class Gossip:
             number = self._number
         if to is None:  # it is asked who it is, and told nothing else
             return Message(self._table.sender(), NO_VIEW, None, None, None, [], number=number, clock=now)
-        if link.compares or known is None:
+        if link.compares or known is None or self._withholds(self._table.v_of(to), known):
             sender, view = self._table.describe()
             # After a failure it is enough to find out what the peer holds: it may have arrived.
-            deltas = self._counter.deltas(known, DELTAS_MAX, now) if known is not None and not link.failures else []
+            deltas = self._deltas(self._table.v_of(to), known, now) if known is not None and not link.failures else []
             deltas = self._confirmations.requested(to, deltas, now)
             summary = _summary(vector, link.listed) if self._table.v_of(to) >= SUMMARIES_SINCE else None
             return Message(sender, view, vector, summary, None, deltas, to=to, number=number, clock=now)
@@ -99,6 +109,18 @@ class Gossip:
         if not deltas:
             return None
         return Message(self._table.sender(), NO_VIEW, None, None, None, deltas, to=to, number=number, clock=now)
+
+    def _deltas(self, v, known, now):
+        """Return what a peer lacks that holds the vector `known`, as far as one with a version `v` understands it."""
+        return self._counter.deltas(known, DELTAS_MAX, now, with_endings=v >= ABSORBING)
+
+    def _withholds(self, v, known):
+        """Return whether what this node counted itself has to wait until a peer, now of version `v`, is a newer one.
+
+        A peer that ignores what was absorbed would count it twice.
+        """
+        own = self._counter.replica
+        return v < ABSORBING and self._counter.has_endings(own, known.get(own, 0))
 
     def answered(self, link, request, answer, now):
         """Take in the answer to a request that was sent over a link, and free the link.
@@ -122,9 +144,9 @@ class Gossip:
         if answer.summary is not None:
             link.listed = _to_list(request, shown, mine)
         before = self._confirmations.vectors.get(peer)
-        confirmed = shown
-        if shown is None and before is not None:
-            confirmed = before.updated(answer.confirms or {})
+        confirmed = before if shown is None else shown
+        if confirmed is not None and answer.confirms:  # beside a vector, they say what was absorbed there
+            confirmed = confirmed.updated(answer.confirms)
         self._confirmations.confirm(peer, confirmed, now)
         if request.sender.leaving:
             self._confirmations.knows_of_leaving(peer)
@@ -134,9 +156,9 @@ class Gossip:
         elif peer != own:
             if shown is not None:
                 self._heard_vector(answer.sender, shown, mine)
-                if not lacks(mine, shown):
+                if not self._counter.lacks(mine, shown):
                     self.freshness.compared(peer, link.last_sent_at, now)
-            again, hold = _follow_up(request, answer, before, shown, mine, merged)
+            again, hold = self._follow_up(request, answer, before, shown, confirmed, mine, merged)
         self._membership_changed(contact, changes, now)
         self._links.answered(link, peer, again, hold, now)  # the last thing: from here on it may be another thread's
 
@@ -153,6 +175,22 @@ class Gossip:
         skew_s = self._table.compare_clocks(request.sender, answer.sender, now - request.clock)
         if skew_s is not None:
             log.warning("wall clocks differ: addr=%s skew_s=%+.1f", answer.sender.address, skew_s)
+
+    def _follow_up(self, request, answer, before, shown, confirmed, mine, merged):
+        """Return whether to compare vectors once more, and whether to push nothing before the next heartbeat."""
+        own, lacks = request.sender.id, self._counter.lacks
+        if shown is None:
+            return True, False
+        if shown.get(own) < _sent(request) or self._withholds(answer.sender.v, shown):
+            # It did not take what this node counted, nor will it unless that changes.
+            return False, (before or NOTHING_HELD).get(own) == shown.get(own)
+        # The peer could make sense of a summary only if it listed all that differs.
+        understood = request.summary is None or request.applied.differing(shown) <= request.summary.recent.keys()
+        if not (merged or before is None or confirmed != before or not understood):  # the next heartbeat is soon enough
+            return False, False
+        # Compared with what was held as the request was cut: of what arrived since, its own node tells
+        # the peer.  What came in a long answer the peer sends on from only once it knows that it arrived.
+        return is_long(answer.deltas) or lacks(mine, shown) or lacks(confirmed, request.applied), False
 
     # What others send.
 
@@ -177,16 +215,20 @@ class Gossip:
         compares, shown, deltas = message.compares, _shown(message, mine), []
         if shown is not None:
             # What it counts itself it knows best.
-            known = self._confirmations.to_send_from(id, now, shown).updated({id: SEQUENCE_MAX})
-            deltas = self._counter.deltas(known, DELTAS_MAX, now)
+            held = self._with_absorbed(id, shown, mine)
+            known = self._confirmations.to_send_from(id, now, held).updated({id: SEQUENCE_MAX})
+            deltas = self._deltas(message.sender.v, known, now)
             if id != replica:
-                deltas = self._confirmations.confirm(id, shown, now, answered=deltas)
+                deltas = self._confirmations.confirm(id, held, now, answered=deltas)
                 self._heard_vector(message.sender, shown, mine)
         if compares and message.sender.address:
             self._links.heard_from(message.sender.address)
         self._membership_changed(contact, changes, now)
         sender, view = self._table.describe() if compares else (self._table.sender(), NO_VIEW)
-        confirms = {delta.replica: mine.get(delta.replica, 0) for delta in message.deltas} or None
+        confirms = {delta.replica: mine.get(delta.replica, 0) for delta in message.deltas}
+        # What was absorbed here is in no vector, and its entries are not to be sent.
+        beyond = shown.beyond(mine) if shown is not None else ()
+        confirms = {**confirms, **self._counter.absorbed([*confirms, *(replica for replica, _, _ in beyond)])} or None
         refused = {replica: result for replica, result in results.items() if result in (GAP, NEEDS)}
         if not compares:
             return Message(sender, view, None, None, confirms, [], refused, clock=now)
@@ -196,6 +238,15 @@ class Gossip:
         if message.summary is not None:
             summary = mine.summary(message.summary.recent if shown is None else mine.differing(shown))
         return Message(sender, view, mine, summary, confirms, deltas, refused, clock=now)
+
+    def _with_absorbed(self, peer, shown, mine):
+        """Return the vector that a peer shows, with what it held before: it has absorbed what is not in it any more.
+
+        What was absorbed is left out where that is known here.
+        """
+        before = self._confirmations.vectors.get(peer) or NOTHING_HELD
+        gone = {replica: held for replica, held, now in before.beyond(shown) if not now and mine.get(replica)}
+        return shown.updated(gone) if gone else shown
 
     def _is_for_this(self, message):
         return message.to == self._counter.replica and message.number is not None
@@ -223,8 +274,9 @@ class Gossip:
 
     def _merge(self, message, cut_at):
         """Merge the deltas of a message; return what each was found to be, by its replica."""
+        before = self._counter.replica
         results = {delta.replica: self._counter.merge(delta, cut_at) for delta in message.deltas}
-        if any(self._counter.renew_if_cloned(known) for known in _entries(message)):
+        if any(map(self._counter.renew_if_cloned, _entries(message))) or self._counter.replica != before:
             log.error("replica id used twice, was this machine cloned? new id=%s", self._counter.replica)
             self._table.rename(self._counter.replica)
         return results
@@ -269,6 +321,17 @@ class Gossip:
         self._confirmations.stop_waiting()
         self.freshness.stop()
 
+    def end(self):
+        """Make a peer the heir of this node, which counts nothing any more; return its id, None if there is none.
+
+        The one that started last is likely to stay for longest.
+        """
+        if not self._all_absorb():
+            log.info("stopping without an heir: a peer runs an older version, or its version is not known")
+            return None
+        heir = self._table.youngest(self._confirmations.vectors.keys() - {self._counter.replica})
+        return heir if heir and self._counter.end(heir) else None
+
     def drain(self, clock, timeout_s):
         """Say to all peers that this node leaves, and hand over what it holds.
 
@@ -305,7 +368,7 @@ class Gossip:
         if not active:
             return not states or not self._confirmations.held_by_none(mine, states.keys())
         return self._confirmations.know_of_leaving(active) and not any(
-            lacks(vectors.get(id, NOTHING_HELD), mine) for id in active
+            self._counter.lacks(vectors.get(id, NOTHING_HELD), mine) for id in active
         )
 
 
@@ -347,19 +410,3 @@ def _sent(request):
 def _was_not_taken(request, answer, confirmed):
     """Return whether to compare vectors after a push, given the vector confirmed by now."""
     return confirmed is None or bool(answer.refused) or confirmed.get(request.sender.id) < _sent(request)
-
-
-def _follow_up(request, answer, before, shown, mine, merged):
-    """Return whether to compare vectors once more, and whether to push nothing before the next heartbeat."""
-    own = request.sender.id
-    if shown is None:
-        return True, False
-    if shown.get(own) < _sent(request):  # it did not take what this node counted, nor will it unless that changes
-        return False, (before or NOTHING_HELD).get(own) == shown.get(own)
-    # The peer could make sense of a summary only if it listed all that differs.
-    understood = request.summary is None or request.applied.differing(shown) <= request.summary.recent.keys()
-    if not (merged or before is None or shown != before or not understood):  # the next heartbeat is soon enough
-        return False, False
-    # Compared with what was held as the request was cut: of what arrived since, its own node tells
-    # the peer.  What came in a long answer the peer sends on from only once it knows that it arrived.
-    return is_long(answer.deltas) or lacks(mine, shown) or lacks(shown, request.applied), False

@@ -90,8 +90,9 @@ class PeerTable:
     def rename(self, replica):
         """Take a new replica id; another node may go on under the old one, and is then a peer."""
         with self._lock:
-            self._roster.bury(self._id, self._beat)
-            self._id = replica
+            if replica != self._id:
+                self._roster.bury(self._id, self._beat)
+                self._id = replica
 
     def become_ready(self):
         """Announce in every message from now on that this node is ready."""
@@ -147,6 +148,12 @@ class PeerTable:
         """Return [(id, address)] of the active peers."""
         with self._lock:
             return [peer.entry[:2] for peer in self._roster.active]
+
+    def youngest(self, ids):
+        """Return the active peer, one of these ids, that started last as its beat tells; None if none is active."""
+        with self._lock:
+            found = [(peer.beat, peer.id) for peer in self._roster.active if peer.id in ids]
+        return min(found)[1] if found else None
 
     @property
     def has_heard_of_peers(self):

@@ -74,12 +74,23 @@ def cancellations(number):
     counter.expire(10**6)
 
 
+def absorbed(number):
+    """What is left of replicas that stopped in order."""
+    counter = Counter(new_replica())
+    counter.increment("x")
+    facts = {new_replica(): (1000, new_replica(), 7, 9) for _ in range(number)}
+    deltas = [Delta(new_replica(), 0, 9, {"x": (9, 1)}, absorbed=facts)]
+    yield counter
+    counter.merge(deltas.pop(), 0)
+
+
 KINDS = {
     keys: 1_000_000,
     keys_of_peers: 1_000_000,
     own_entries: 100_000,
     entries_of_others: 500_000,
     cancellations: 10_000,
+    absorbed: 10_000,
 }
 
 

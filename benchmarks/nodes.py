@@ -38,6 +38,11 @@ class Node:
         self._process.kill()
         self._process.wait()
 
+    def stop(self):
+        """Stop it in order."""
+        self._process.terminate()
+        self._process.wait()
+
     def cpu_s(self):
         """Return the CPU seconds that all its threads used so far."""
         return time.clock_gettime(~self.pid << 3 | 2)  # the clock of clock_getcpuclockid(3), to the ns

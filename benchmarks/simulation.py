@@ -41,9 +41,9 @@ class SimulatedNode:
         self.table = PeerTable(
             self.counter.replica, address, seeds, INTERVAL_S, TIMEOUT_S, fanout=8, rng=rng, wall=self._wall
         )
-        confirmations = Confirmations()
+        confirmations = Confirmations(self.counter.carriers)
         self.links = Links(self.counter, confirmations, 0.1, 10.0, rng=rng)
-        self.joining = Joining(bool(seeds), JOIN_TIMEOUT_S)
+        self.joining = Joining(bool(seeds), JOIN_TIMEOUT_S, self.counter.lacks)
         self.gossip = Gossip(self.counter, self.table, self.links, confirmations, self.joining, push_fanout=8)
         network.at(network.now, self, self.sweep)
 
@@ -121,6 +121,15 @@ class Network:
 
     def crash(self, address):
         self.nodes[address].alive = False
+
+    def stop(self, address, within_s=2.0):
+        """Stop a node in order: it ends, says that it leaves, and is gone a while later, whoever has heard of it."""
+        node = self.nodes[address]
+        node.gossip.end()
+        node.table.leave()
+        node.links.send_heartbeats([address for _, address in node.table.active()], [], self.now)
+        self.at(self.now, node, lambda: None)
+        self.at(self.now + within_s, node, lambda: self.crash(address))
 
     def split(self, *groups):
         """Cut all links between nodes of different groups."""
@@ -252,22 +261,40 @@ def increment_many(counter, log, amounts, key, now):
 def check_prefixes(counter, log):
     """Assert that a counter is right, given all increments there ever were.
 
-    It holds of each replica exactly what that did up to its sequence, which is never inside a batch;
-    beyond that it holds cancellations, just those of what was counted twice; and so it counts every key once.
+    It holds of each replica exactly what that did up to its sequence, which is never inside a batch, with
+    what it absorbed; beyond that it holds cancellations, just those of what was counted twice; and so it
+    counts every key once.
     """
     vector = counter.vector()
+    held = {delta.replica: delta for delta in counter.deltas({}, float("inf"), 0)}
+    facts = {other: fact for delta in held.values() for other, fact in delta.absorbed.items()}
     assert all(log[dot].ends_batch for dot in vector.items() if dot in log)
-    dots = sorted((dot, entry) for dot, entry in log.items() if dot[1] <= vector.get(dot[0], 0))
-    totals, values, keys, cancelled = {}, {}, set(), {}
+    dots = sorted((dot, entry) for dot, entry in log.items() if counter.holds(*dot))
+    changes, values, keys, cancelled = {}, {}, set(), {}
     for (replica, sequence), (name, amount, key, _) in dots:
-        mine = totals.setdefault(replica, {})
-        mine[name] = (sequence, mine.get(name, (0, 0))[1] + amount)
+        changes.setdefault(replica, []).append((sequence, {name: amount}))
         if key is not None and key in keys:
             cancelled[cancelling_replica((replica, sequence))] = {name: (1, -amount)}
         else:
             keys.add(key)
             values[name] = values.get(name, 0) + amount
-    held = {delta.replica: delta for delta in counter.deltas({}, float("inf"), 0)}
+    totals = {
+        replica: _totals(replica, changes, facts) for replica in changes.keys() | held.keys() if replica not in facts
+    }
     assert {replica: delta.totals for replica, delta in held.items()} == totals | cancelled
     assert all(vector[replica] == 1 for replica in cancelled)
     assert all(counter.value(name) == values.get(name, 0) for name in "abcdef")
+
+
+def _totals(replica, changes, facts):
+    """Return what a replica counted, {name: (sequence, total)}, of its own changes and those of whom it absorbed."""
+    all_changes = list(changes.get(replica, []))
+    for other, (_, by, at, _) in facts.items():
+        if by == replica:
+            absorbed = _totals(other, changes, facts)
+            all_changes.append((at, {name: total for name, (_, total) in absorbed.items()}))
+    totals = {}
+    for sequence, amounts in sorted(all_changes, key=lambda change: change[0]):
+        for name, amount in amounts.items():
+            totals[name] = sequence, totals.get(name, (0, 0))[1] + amount
+    return totals

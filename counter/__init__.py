@@ -1,6 +1,6 @@
 """The parts of a counter node, a file per concern; none of them imports from outside this package."""
 
-from counter.histories import TooManyCounters, WindowEnded
+from counter.histories import Ended, TooManyCounters, WindowEnded
 from counter.ids import (
     AMOUNT_MAX,
     NAME,
@@ -28,6 +28,7 @@ __all__ = [
     "SEQUENCE_MAX",
     "Counter",
     "Delta",
+    "Ended",
     "KeyReused",
     "TooManyCounters",
     "TooManyKeys",

@@ -95,7 +95,7 @@ def _import(path, cluster, values, inputs):
         with Progress() as progress:
             deltas = itertools.chain.from_iterable(_deltas(name, cluster, values, progress) for name in inputs)
             writer.save((found.append(delta.replica) or delta for delta in deltas), time.time())
-        new = sum(writer.vector[replica] != before.get(replica) for replica in set(found))
+        new = sum(writer.vector.get(replica) != before.get(replica) for replica in set(found))
     print(f"{path}: {new} of {len(set(found))} replicas brought something new")
 
 

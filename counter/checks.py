@@ -27,17 +27,19 @@ def is_int(value, least, most):
 
 
 class GrowingDelta:
-    """A delta of which more arrives: first all entries, then all keys.
+    """A delta of which more arrives: first all entries, then all keys; absorbed replicas at any time.
 
     All raise ValueError if it cannot be right; what is of another type altogether may also raise
     TypeError, AttributeError, IndexError or KeyError.  Further items of an entry are ignored.
     """
 
-    def __init__(self, replica, after, through, requires=()):
+    def __init__(self, replica, after, through, requires=(), heir=None):
         require(REPLICA.match(replica), "a replica")
         require(is_int(through, 1, SEQUENCE_MAX) and is_int(after, 0, through - 1), "a delta's range")
         self._replica, self._after, self._through, self._requires = replica, after, through, _dots(requires)
         self._taken = 0  # sequences, at least, by what its entries have counted
+        require(heir is None or (REPLICA.match(heir) and heir != replica and not requires), "an heir")
+        self._heir, self._absorbed = heir, {}
         self._names = {}  # name of each entry -> the very same: a million keys must not bring a million copies
         self._totals, self._keys = {}, []  # or columns, once they are many
 
@@ -75,21 +77,36 @@ class GrowingDelta:
             self._keys.extend(few)
         self._keys.extend(records)
 
+    def add_absorbed(self, absorbed):
+        """Take further absorbed replicas, as they are in a Delta."""
+        for replica, fact in absorbed.items():
+            final, by, at, sequence = fact[:4]
+            require(REPLICA.match(replica) and REPLICA.match(by) and replica != self._replica, "an absorbed replica")
+            require(is_int(final, 1, SEQUENCE_MAX) and is_int(at, 1, SEQUENCE_MAX), "an absorption")
+            require(is_int(sequence, self._after + 1, self._through) and not self._requires, "an absorption")
+            self._absorbed[replica] = final, by, at, sequence
+
     def finish(self):
         """Return it as a Delta."""
         self._names.clear()
-        # Every sequence touched one counter.  The last may be missing: entries of windows that ended are left out.
-        sequences = {sequence for _, (sequence, _) in self._totals.items()}
-        require(len(sequences) == len(self._totals), "a delta's entries")
+        # Every sequence touched one counter, but for a will, which touched none, and absorptions, which touched
+        # many.  The last may be missing: entries of windows that ended are left out.
+        absorptions = {sequence for _, _, _, sequence in self._absorbed.values()}
+        alone = [sequence for _, (sequence, _) in self._totals.items() if sequence not in absorptions]
+        require(len(set(alone)) == len(alone), "a delta's entries")
         if type(self._keys) is list:
             self._keys = tuple(self._keys)
             require(all(one[0] < other[0] for one, other in itertools.pairwise(self._keys)), "the order of keys")
-        return Delta(self._replica, self._after, self._through, self._totals, self._keys, self._requires)
+        return Delta(
+            self._replica, self._after, self._through, self._totals, self._keys, self._requires, self._heir,
+            self._absorbed,
+        )  # fmt: skip
 
 
 def checked_delta(delta):
     """Return a delta from elsewhere with its parts in their types; raises as GrowingDelta."""
-    growing = GrowingDelta(delta.replica, delta.after, delta.through, delta.requires)
+    growing = GrowingDelta(delta.replica, delta.after, delta.through, delta.requires, delta.heir)
+    growing.add_absorbed(delta.absorbed)
     growing.add_totals(delta.totals)
     growing.add_keys(delta.keys)
     return growing.finish()

@@ -9,6 +9,7 @@ says so, but they are not sent a second time meanwhile.
 
 import threading
 
+from counter.absorption import alone, is_shown
 from counter.ids import SEQUENCE_MAX
 from counter.vectors import Vector
 from counter.waiting import Waiters
@@ -22,16 +23,18 @@ NOTHING_HELD = Vector({})
 
 def is_long(deltas):
     """Return whether a message with these deltas may take long on its way."""
-    return sum(len(delta.totals) + len(delta.keys) for delta in deltas) > SHORT
+    return sum(len(delta.totals) + len(delta.keys) + len(delta.absorbed) for delta in deltas) > SHORT
 
 
 class Confirmations:
     """Which peer has confirmed what.  Threads may call anything at any time.
 
     `vectors` is {id of a peer: the Vector it last confirmed}; it may be read without a lock.
+    `carriers(replica, sequence)` returns the dots of which each holds a dot.
     """
 
-    def __init__(self):
+    def __init__(self, carriers=alone):
+        self._carriers = carriers
         # Guards everything below.  Held for dictionary work only, never together with another.
         self._lock = threading.Lock()
         self.vectors = {}
@@ -124,21 +127,33 @@ class Confirmations:
 
     def holders(self, replica, sequence):
         """Return the ids of the replicas that are known to hold a dot; the one that counted it does anyway."""
+        dots = self._carriers(replica, sequence)
         with self._lock:
-            holders = {peer for peer, vector in self.vectors.items() if vector.get(replica, 0) >= sequence}
+            holders = {peer for peer, vector in self.vectors.items() if is_shown(vector, dots)}
         return holders | {replica}
 
     def unconfirmed(self, vector, without):
         """Return {peer: number of increments of a vector it has yet to confirm}, without those of some replicas."""
         with self._lock:
             vectors = dict(self.vectors)
-        return {peer: _missing(vector, [its], {*without, peer}) for peer, its in vectors.items()}
+        return {peer: self._missing(vector, [its], {*without, peer}) for peer, its in vectors.items()}
 
     def held_by_none(self, vector, peers):
         """Return how many of the increments in a vector none of these peers is known to hold."""
         with self._lock:
             held = [self.vectors[peer] for peer in peers if peer in self.vectors]
-        return _missing(vector, held, peers)
+        return self._missing(vector, held, peers)
+
+    def _missing(self, vector, others, replicas):
+        """Return how many increments of a vector none of the others holds; those of some replicas are left out."""
+        first, *others = others or [NOTHING_HELD]
+        missing = 0
+        for replica, sequence, held in vector.beyond(first):
+            held = max([held, *(other.get(replica) for other in others)])
+            if held < sequence and replica not in replicas:
+                dots = self._carriers(replica, sequence)
+                missing += 0 if any(is_shown(other, dots) for other in (first, *others)) else sequence - held
+        return missing
 
     def know_of_leaving(self, peers):
         """Return whether all of these peers know that this node is leaving."""
@@ -162,13 +177,3 @@ class Confirmations:
 
 
 _NOTHING = ((), -NEVER)  # is on its way
-
-
-def _missing(vector, others, replicas):
-    """Return how many increments of a vector are in none of the other vectors; those of some replicas are left out."""
-    first, *others = others or [NOTHING_HELD]
-    return sum(
-        max(0, sequence - max([held, *(other.get(replica) for other in others)]))
-        for replica, sequence, held in vector.beyond(first)
-        if replica not in replicas
-    )

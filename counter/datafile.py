@@ -23,7 +23,7 @@ from counter.state import Delta
 from counter.windows import end_of, is_window
 
 APPLICATION_ID = 0x436E7472  # "Cntr", in the header of the file
-FORMAT = 1  # SQLite's user_version
+FORMAT = 2  # SQLite's user_version
 PIECE = 500  # rows written by one statement: no other Python thread runs while their JSON is made
 LOG_SIZE = 16 * 2**20  # bytes to which SQLite cuts its log back after a large transaction
 BUSY_S = 5.0  # how long to wait for another program that has the file locked
@@ -41,6 +41,11 @@ SCHEMA = (
     # at: milliseconds since 1970; renews: JSON, the dots that a use renews, or null
     "CREATE TABLE accepted(replica INTEGER, sequence INTEGER, digest TEXT, name TEXT, amount INTEGER,"
     " at INTEGER, renews TEXT, crc INTEGER, PRIMARY KEY(replica, sequence)) WITHOUT ROWID",
+)
+ADDED = (  # by format 2: replicas that have ended, and of each replica those that were absorbed into its history
+    "CREATE TABLE heir(replica INTEGER PRIMARY KEY, id TEXT NOT NULL)",
+    "CREATE TABLE absorbed(replica INTEGER, id TEXT UNIQUE, final INTEGER, absorber TEXT, at INTEGER,"
+    " sequence INTEGER, crc INTEGER, PRIMARY KEY(replica, id)) WITHOUT ROWID",
 )
 
 
@@ -133,17 +138,17 @@ def connect(path, options):
 
 
 def check(db, path, cluster):
-    """Raise DataFileError unless this is a data file of that cluster; None is any."""
+    """Return (cluster, format) of a data file; DataFileError unless it is of that cluster, where None is any."""
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > FORMAT:
         raise DataFileError(path, f"has format {version}, of a newer version; this one knows {FORMAT}", status=2)
     found = sorted(sql for (sql,) in db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"))
-    if version != FORMAT or found != sorted(SCHEMA):
+    if version < 1 or found != sorted(SCHEMA if version == 1 else SCHEMA + ADDED):
         raise damaged(path, "its tables are not as they were made")
     (row,) = db.execute("SELECT value FROM meta WHERE key = 'cluster'").fetchall() or [(None,)]
     if cluster is not None and row[0] != cluster:
         raise DataFileError(path, f"is of the cluster {row[0]!r}, not of {cluster!r} (--cluster)", status=2)
-    return row[0]
+    return row[0], version
 
 
 # The checksums of rows.  `seed` is of the replica: its id is a part of what is summed up.
@@ -153,8 +158,12 @@ def seed_crc(id):
     return crc32(id.encode())
 
 
-def replica_crc(id, applied, requires, checksum):
-    return crc32(f"{id} {applied} {requires or ''} {checksum}".encode())
+def replica_crc(id, applied, requires, checksum, heir=None):
+    return crc32(f"{id} {applied} {requires or ''} {checksum}{' ' + heir if heir else ''}".encode())
+
+
+def absorbed_crc(seed, id, final, absorber, at, sequence):
+    return crc32(f"{id} {final} {absorber} {at} {sequence}".encode(), seed)
 
 
 def ends_at(name):
@@ -181,7 +190,7 @@ def create(path, cluster):
         db.execute("BEGIN")
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {FORMAT}")
-        for statement in SCHEMA:
+        for statement in SCHEMA + ADDED:
             db.execute(statement)
         db.execute("INSERT INTO meta VALUES ('cluster', ?)", (cluster,))
         db.execute("COMMIT")
@@ -216,7 +225,7 @@ class Reader:
             self._db = _connect_to_read(path)
             try:
                 self._db.execute("BEGIN")
-                self.cluster = check(self._db, path, cluster)
+                self.cluster, self._format = check(self._db, path, cluster)
                 (found,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
                 if found != "ok":
                     raise damaged(path, " ".join(found.split()))
@@ -249,15 +258,18 @@ class Reader:
             replicas = self._db.execute(
                 "SELECT number, id, applied, requires, checksum, crc FROM replica ORDER BY requires IS NOT NULL, number"
             ).fetchall()
+            heirs = dict(self._db.execute("SELECT replica, id FROM heir")) if self._format > 1 else {}
         for number, id, applied, requires, checksum, crc in replicas:
             with self._refusals():
-                if crc != replica_crc(id, applied, requires, checksum):
+                if crc != replica_crc(id, applied, requires, checksum, heirs.get(number)):
                     raise ValueError(f"replica {id!r}")
                 totals, entries_sum = self._totals(number, id)
                 keys, keys_sum = self._keys(number, id, wall)
-                if (entries_sum + keys_sum) % 2**32 != checksum:
+                absorbed, absorbed_sum = self._absorbed(number, id)
+                if (entries_sum + keys_sum + absorbed_sum) % 2**32 != checksum:
                     raise ValueError(f"entries or keys of replica {id!r}")
-                delta = checked_delta(Delta(id, 0, applied, totals, keys, json.loads(requires or "[]")))
+                requires = json.loads(requires or "[]")
+                delta = checked_delta(Delta(id, 0, applied, totals, keys, requires, heirs.get(number), absorbed))
             yield delta
 
     def _totals(self, number, id):
@@ -271,6 +283,20 @@ class Reader:
             totals[name] = sequence, int(total)
             sum += crc
         return totals, sum
+
+    def _absorbed(self, number, id):
+        """Return what was absorbed into the history of a replica, as in a Delta, and the sum of the checksums."""
+        absorbed, seed, sum = {}, seed_crc(id), 0
+        for other, *fact, crc in (
+            self._db.execute("SELECT id, final, absorber, at, sequence, crc FROM absorbed WHERE replica = ?", (number,))
+            if self._format > 1
+            else ()
+        ):
+            if crc != absorbed_crc(seed, other, *fact):
+                raise ValueError(f"replica {other!r} absorbed into {id!r}")
+            absorbed[other] = tuple(fact)
+            sum += crc
+        return absorbed, sum
 
     def _keys(self, number, id, wall):
         """Return the keys of a replica, as those of a Delta, and the sum of the checksums."""

@@ -6,7 +6,17 @@ import json
 import sqlite3
 
 from counter import datafile
-from counter.datafile import DataFileError, ends_at, entry_crc, identity, key_crc, log_of, replica_crc, seed_crc
+from counter.datafile import (
+    DataFileError,
+    absorbed_crc,
+    ends_at,
+    entry_crc,
+    identity,
+    key_crc,
+    log_of,
+    replica_crc,
+    seed_crc,
+)
 from counter.ids import SEQUENCE_MAX
 
 PIECE = 500  # rows written by one statement: no other Python thread runs while their JSON is made
@@ -27,6 +37,13 @@ _WRITE_KEYS = """
 INSERT INTO accepted SELECT ?, json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
 json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]'), json_extract(value, '$[6]')
 FROM json_each(?)"""
+_DROP = [
+    f"DELETE FROM {table} WHERE {column} = ?"
+    for table, column in (
+        ("entry", "replica"), ("accepted", "replica"), ("heir", "replica"), ("absorbed", "replica"),
+        ("replica", "number"),
+    )
+]  # fmt: skip
 
 _ENDED = "SELECT replica, name, crc FROM entry WHERE ends <= ? ORDER BY ends, replica, name LIMIT ?"
 
@@ -44,7 +61,7 @@ class Writer:
         self._path = path
         self._db = datafile.connect(path, "mode=rw")
         try:
-            datafile.check(self._db, path, cluster)
+            _, version = datafile.check(self._db, path, cluster)
             # A file that VACUUM INTO made has no log yet.  Sync FULL: what was committed survives a power cut.
             (mode,) = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
             if mode != "wal":
@@ -58,11 +75,27 @@ class Writer:
             _, frames, copied = self._db.execute("PRAGMA wal_checkpoint(FULL)").fetchone()
             if frames != copied:
                 raise sqlite3.OperationalError("another program keeps the log from being copied")
+            if version < datafile.FORMAT:
+                self._upgrade()
             self.vector = dict(self._db.execute("SELECT id, applied FROM replica"))
             self._keyed = self._replicas_with_keys()
             self._identity = self._identities()
         except BaseException:
             self._db.close()
+            raise
+
+    def _upgrade(self):
+        """Make a file of format 1 one of the present format; a crash leaves it as it was, or as it is to be."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            if self._db.execute("PRAGMA user_version").fetchone() == (1,):  # no other process has done it meanwhile
+                for statement in datafile.ADDED:
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version = {datafile.FORMAT}")
+            self._db.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
             raise
 
     def _identities(self):
@@ -99,7 +132,14 @@ class Writer:
 
         `wall` is the present time in seconds since 1970, from which the times of keys are made.
         """
-        self._transact(lambda: {delta.replica: self._merge(delta, wall) for delta in deltas})
+
+        def merge_all():
+            held = {}
+            for delta in deltas:
+                held |= self._merge(delta, wall)
+            return held
+
+        self._transact(merge_all)
 
     def forget_keys(self, before):
         """Drop the keys that were accepted before a time, in seconds since 1970."""
@@ -124,15 +164,17 @@ class Writer:
             raise
         self.check_in_place()
         self.vector.update(held)
+        for replica in [replica for replica, through in held.items() if not through]:
+            del self.vector[replica]
 
     def _merge(self, delta, wall):
-        """Return the sequence through which the file holds a replica after a delta."""
-        id, after, through, totals, keys, requires = delta
+        """Take a delta; return what changed of the vector, with 0 for a replica that is no more in it."""
+        id, after, through, totals, keys, requires, heir, absorbed = delta
         # Asked of the file each time: another process may write to it.
-        found = self._db.execute("SELECT number, applied FROM replica WHERE id = ?", (id,)).fetchone()
-        number, held = found or (None, 0)
-        if through <= held or after > held or not all(self._holds(*dot) for dot in requires):
-            return held
+        number, held = self._find(id)
+        is_over = (held and self._has("heir", "replica", number)) or self._has("absorbed", "id", id)
+        if through <= held or after > held or is_over or not all(self.holds(*dot) for dot in requires):
+            return {id: held}
         if number is None:
             number = self._db.execute(
                 "INSERT INTO replica(id, applied, requires, checksum, crc) VALUES (?, 0, ?, 0, 0)",
@@ -140,22 +182,39 @@ class Writer:
             ).lastrowid
         change = self._write_entries(number, id, (entry for entry in totals.items() if entry[1][0] > held))
         change += self._write_keys(number, id, (key for key in keys if key[0] > held), wall)
+        absorbed = {other: fact for other, fact in absorbed.items() if fact[3] > held}
+        change += self._write_absorbed(number, id, absorbed)
+        if heir:
+            self._db.execute("INSERT INTO heir VALUES (?, ?)", (number, heir))
         self._update(number, through, change)
-        return through
+        return {id: through, **dict.fromkeys(absorbed, 0)}
 
-    def _holds(self, replica, sequence):
-        found = self._db.execute("SELECT applied FROM replica WHERE id = ?", (replica,)).fetchone()
+    def _find(self, replica):
+        """Return (number, sequence through which it is held) of a replica, (None, 0) if it is not there."""
+        return self._db.execute("SELECT number, applied FROM replica WHERE id = ?", (replica,)).fetchone() or (None, 0)
+
+    def _has(self, table, column, value):
+        return self._db.execute(f"SELECT 1 FROM {table} WHERE {column} = ?", (value,)).fetchone() is not None
+
+    def holds(self, replica, sequence):
+        """Return whether the file holds a dot."""
+        _, applied = self._find(replica)
+        if applied >= sequence:
+            return True
+        found = self._db.execute("SELECT final FROM absorbed WHERE id = ?", (replica,)).fetchone()
         return found is not None and found[0] >= sequence
 
     def _update(self, number, applied, change):
         """Write what a replica is held through, if not None, and by how much the sum of its checksums changed."""
-        id, held, requires, checksum = self._db.execute(
-            "SELECT id, applied, requires, checksum FROM replica WHERE number = ?", (number,)
+        id, held, requires, checksum, heir = self._db.execute(
+            "SELECT replica.id, applied, requires, checksum, heir.id FROM replica"
+            " LEFT JOIN heir ON heir.replica = number WHERE number = ?",
+            (number,),
         ).fetchone()
         applied, checksum = applied or held, (checksum + change) % 2**32
         self._db.execute(
             "UPDATE replica SET applied = ?, checksum = ?, crc = ? WHERE number = ?",
-            (applied, checksum, replica_crc(id, applied, requires, checksum), number),
+            (applied, checksum, replica_crc(id, applied, requires, checksum, heir), number),
         )
 
     def _write_entries(self, number, id, entries):
@@ -192,6 +251,22 @@ class Writer:
         for number, sum in sums:
             self._update(number, None, -sum)
         return {}
+
+    def _write_absorbed(self, number, id, absorbed):
+        """Drop replicas, and write that they were absorbed into the history of one; return the sum of the checksums."""
+        seed, sum = seed_crc(id), 0
+        for other, fact in absorbed.items():
+            dropped, _ = self._find(other)
+            if dropped is not None:
+                for statement in _DROP:
+                    self._db.execute(statement, (dropped,))
+                self._keyed.discard(dropped)
+            crc = absorbed_crc(seed, other, *fact)
+            self._db.execute(
+                "INSERT OR REPLACE INTO absorbed VALUES (?, ?, ?, ?, ?, ?, ?)", (number, other, *fact, crc)
+            )
+            sum += crc
+        return sum
 
     def _forget_keys(self, before):
         for number in list(self._keyed):

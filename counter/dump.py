@@ -41,7 +41,11 @@ def export_lines(cluster, deltas, entries, now):
 
 def _parts(delta):
     head = {"replica": delta.replica, "after": delta.after, "through": delta.through}
-    yield {"delta": head | {"requires": delta.requires} if delta.requires else head}
+    if delta.requires:
+        head["requires"] = delta.requires
+    yield {"delta": head | {"heir": delta.heir} if delta.heir else head}
+    for piece in _pieces(delta.absorbed.items()):
+        yield {"absorbed": dict(piece)}
     for piece in _pieces(delta.totals.items()):
         yield {"totals": dict(piece)}
     for piece in _pieces(delta.keys):
@@ -101,7 +105,11 @@ def _read_part(fields, growing, passed_s):
         finished, growing = checked_delta(growing), None
     if "delta" in fields:
         head = fields["delta"]
-        growing = Delta(head["replica"], head["after"], head["through"], {}, [], head.get("requires", ()))
+        growing = Delta(
+            head["replica"], head["after"], head["through"], {}, [], head.get("requires", ()), head.get("heir"), {}
+        )
+    if "absorbed" in fields:
+        growing.absorbed.update(fields["absorbed"])
     if "totals" in fields:
         growing.totals.update(fields["totals"])
     if "keys" in fields:

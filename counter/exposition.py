@@ -45,12 +45,9 @@ def _single(name, kind, help, value):
 
 
 def _counts(counter):
-    vector = counter.vector()
     counters, keys = counter.sizes()
     values, _ = counter.list("", "", NAMED_MAX)
-    yield _single(
-        "counter_increments_total", "counter", "Increments this node accepted.", vector.get(counter.replica, 0)
-    )
+    yield _single("counter_increments_total", "counter", "Increments this node accepted.", counter.accepted)
     help = f"Value of a counter, of a windowed one that of the present window; of the first {NAMED_MAX} by name."
     yield "counter_value", "gauge", help, [("", {"name": name}, value) for name, value in values.items()]
     yield _single("counter_counters", "gauge", "Counters known, windowed ones included.", counters)
@@ -59,8 +56,11 @@ def _counts(counter):
 
 
 def _past(weight):
-    kinds = {"active": weight.active, "inactive": weight.inactive, "cancellation": weight.cancellations}
-    help = "Replicas that counted: those of nodes that are active, those of others, and cancellations."
+    kinds = {
+        "active": weight.active, "inactive": weight.inactive, "absorbed": weight.absorbed,
+        "cancellation": weight.cancellations,
+    }  # fmt: skip
+    help = "Replicas that counted: of active nodes, of others, those that active ones absorbed, and cancellations."
     yield "counter_replicas", "gauge", help, [("", {"kind": kind}, number) for kind, number in kinds.items()]
     entries = {"active": weight.active_entries, "inactive": weight.inactive_entries}
     help = "Entries in their histories, one for each counter that a replica touched."

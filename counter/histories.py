@@ -7,9 +7,10 @@ prepared is taken back.
 
 from array import array
 from collections import namedtuple
-from itertools import chain, repeat
-from operator import add, setitem, sub
+from itertools import chain, compress, repeat
+from operator import add, delitem, setitem, sub
 
+from counter.absorption import Absorptions
 from counter.ids import new_replica
 from counter.keys import Use
 from counter.streams import OwnStream, Stream
@@ -18,7 +19,7 @@ from counter.windows import NEVER, end_of, is_window, listed_name
 
 # How many replicas that have counted are active, and how many are not; how many cancellations there are;
 # and how many entries the histories of those two have.
-Weight = namedtuple("Weight", "active inactive cancellations active_entries inactive_entries")
+Weight = namedtuple("Weight", "active inactive cancellations active_entries inactive_entries absorbed", defaults=(0,))
 
 
 class TooManyCounters(Exception):
@@ -27,6 +28,10 @@ class TooManyCounters(Exception):
 
 class WindowEnded(Exception):
     """The wall clock shows a time in a window that has ended: it was set back."""
+
+
+class Ended(Exception):
+    """This replica has written its will, and counts nothing any more."""
 
 
 class Histories:
@@ -44,12 +49,18 @@ class Histories:
         self.applied = {replica: 0}  # replica -> the sequence through which its history is held here
         self.horizon = NEVER  # no window that ended then or before is taken any more
         self.conflicts = []  # digests of keys with several uses, yet to be settled
+        self.heirs = {}  # replica -> its heir, of those that have ended and are not absorbed
+        self.absorptions = Absorptions()
+        self.ended = False  # this replica has written its will
+        self.uncounted = 0  # how many of its dots are no increments: its will, and those that absorb others
 
     def count(self, name, amount, use=None):
         """Count; return (replica, sequence, value).  `use` is (digest, now, renewed dots) of a key that came with it.
 
-        Raises TooManyCounters or WindowEnded, and then has changed nothing.
+        Raises TooManyCounters, WindowEnded or Ended, and then has changed nothing.
         """
+        if self.ended:
+            raise Ended
         own, counters, values = self.own, self.counters, self.counters.values
         number, replica, known, free = counters.numbers.get(name), own.replica, len(values), counters.free_left
         if number is None:
@@ -77,8 +88,10 @@ class Histories:
         """Count a batch, {name: amount}; return (replica, last sequence, {name: value}).
 
         `uses` are of keys that came with each of its items, as for count(), or there are none.
-        Raises TooManyCounters or WindowEnded, and then has changed nothing.
+        Raises TooManyCounters, WindowEnded or Ended, and then has changed nothing.
         """
+        if self.ended:
+            raise Ended
         own, counters, values = self.own, self.counters, self.counters.values
         replica, known, free = own.replica, len(values), counters.free_left
         held = self.applied[replica]
@@ -137,32 +150,99 @@ class Histories:
 
     def take(self, delta, now):
         """Take over a delta of another replica that begins within what is held, and ends beyond it."""
-        replica, _, through, totals, keys, _ = delta
+        replica, _, through, totals, keys, _, heir, absorbed = delta
         held = self.applied.get(replica, 0)
         stream = self.streams[replica] if replica in self.streams else Stream(replica)
         length, counters, free = len(stream), len(self.counters.values), self.counters.free_left
+        absorbed, facts = {other: fact for other, fact in absorbed.items() if fact[3] > held}, len(self.absorptions)
         try:
-            rows, sequences, sums, numbers, values = self._prepare(stream, held, totals)
+            rows, sequences, sums, numbers, gains = self._prepare(stream, held, totals)
+            conflicts = self.conflicts + self._remember(replica, held, keys, now)
+            values = self._values_without(absorbed)  # which may be a copy: no counter is created from here on
+            arrivals, drops = self._prepare_absorption(replica, absorbed)
             changes = _changes(
                 (stream.sequences, rows, sequences),
                 (stream.totals, rows, sums),
-                (self.counters.values, numbers, values),
+                (values, numbers, list(map(add, map(values.__getitem__, numbers), gains))),
+                *arrivals,
             )
-            conflicts = self.conflicts + self._remember(replica, held, keys, now)
+            changes = chain(changes, drops)
             self.streams.setdefault(replica, stream)
             self.applied.setdefault(replica, 0)
+            if heir:
+                self.heirs[replica] = heir
             stream.log_touched(rows, sequences, held, through)
         except BaseException:
+            self.absorptions.undo(facts)
+            self.heirs.pop(replica, None)
             if not held:
                 self.streams.pop(replica, None)
                 self.applied.pop(replica, None)
             self._undo(stream, held, length, counters, free)
             raise
         any(changes)
+        self.counters.values = values
         self.applied[replica], self.conflicts = through, conflicts
 
+    def _values_without(self, absorbed):
+        """Return the values without what is held of some replicas: a copy, if there are any of these."""
+        values = self.counters.values
+        if absorbed:
+            values = values[:]
+            for stream in filter(None, map(self.streams.get, absorbed)):
+                for number, total in zip(stream.numbers, stream.totals, strict=True):
+                    values[number] -= total
+        return values
+
+    def _prepare_absorption(self, replica, facts):
+        """Make room for facts in the history of a replica, as Absorptions.prepare() does.
+
+        Return changes of columns, and an iterator for any() that drops the streams of those that were absorbed.
+        """
+        if not facts:
+            return (), chain()  # an iterator: making one of a tuple later might fail
+        change, inside = self.absorptions.prepare(replica, facts)
+        tables = self.streams, self.applied, self.heirs, self.absorptions.inside
+        drops = [map(delitem, repeat(table), [other for other in facts if other in table]) for table in tables]
+        return (change,), chain(*drops, map(setitem, repeat(self.absorptions.inside), [replica], [inside]))
+
+    def end(self, heir):
+        """Write the will of this replica, its last dot: from now on it counts nothing."""
+        replica, empty = self.own.replica, OwnStream(self.own.replica)
+        stream, through = self.own.given_up(self.applied[replica]), self.applied[replica] + 1
+        empty.extend(range(len(self.counters.values)))
+        self.heirs[replica] = heir
+        # What it counted is kept as that of others is, so that it goes like that when it is absorbed.
+        self.streams[replica], self.applied[replica] = stream, through
+        self.own, self.ended, self.uncounted = empty, True, self.uncounted + 1
+
+    def absorb(self, replica):
+        """Count as one's own what a replica counted that has ended: all at once; return the sequence.
+
+        That is greater by as many as the replica had: so many increments are behind the totals.
+        """
+        own, stream, facts = self.own, self.streams[replica], len(self.absorptions)
+        held, final = self.applied[own.replica], self.applied[replica]
+        numbers, through = array("I", compress(stream.numbers, stream.sequences)), held + final
+        try:
+            moving = {other: (*fact[:3], through) for other, fact in self.absorptions.since(replica, 0).items()}
+            moving[replica] = final, own.replica, through, through
+            arrivals, drops = self._prepare_absorption(own.replica, moving)
+            sequences = [through] * len(numbers)
+            totals = list(map(add, map(own.totals.__getitem__, numbers), compress(stream.totals, stream.sequences)))
+            changes = _changes((own.sequences, numbers, sequences), (own.totals, numbers, totals), *arrivals)
+            changes = chain(changes, drops)
+            own.log_touched(numbers, sequences, held, through)
+        except BaseException:
+            self.absorptions.undo(facts)
+            raise
+        any(changes)
+        self.applied[own.replica] = through
+        self.uncounted += final
+        return through
+
     def _prepare(self, stream, held, totals):
-        """Make room for what is new in some totals; return of it the rows, sequences, totals, numbers and values."""
+        """Make room for what is new in some totals; return of it the rows, sequences, totals, numbers and gains."""
         # A delta cut further back than `held` has entries that are held already.  Lists of what is there
         # already: objects made for each of 100,000 entries, if only for a while, cost four times as much.
         names = [name for name, entry in totals.items() if entry[0] > held]
@@ -178,8 +258,7 @@ class Histories:
             numbers = [next(created) if number is None else number for number in numbers]
         rows = stream.rows(numbers)
         stream.make_room(sums)
-        before, values = map(stream.totals.__getitem__, rows), map(self.counters.values.__getitem__, numbers)
-        return rows, sequences, sums, numbers, list(map(add, values, map(sub, sums, before)))
+        return rows, sequences, sums, numbers, map(sub, sums, map(stream.totals.__getitem__, rows))
 
     def _remember(self, replica, held, keys, now):
         """Remember the keys of a delta; return the digests of those that were used before."""
@@ -223,7 +302,8 @@ class Histories:
         streams = [self.streams[replica] for replica in {self.own.replica, *active} if replica in self.streams]
         entries, present = sum(map(len, self.streams.values())), sum(map(len, streams))
         counting = sum(self.applied[stream.replica] > 0 for stream in streams)
-        return Weight(counting, len(self.streams) - len(streams), 0, present, entries - present)
+        gone = len(self.streams) - len(streams)
+        return Weight(counting, gone, 0, present, entries - present, len(self.absorptions))
 
     def renew(self):
         """Go on under a new replica id; what was counted so far is then the past of another replica."""
@@ -232,7 +312,7 @@ class Histories:
         new.extend(range(len(self.counters.values)))
         self.applied[new.replica] = 0
         self.streams[new.replica] = new
-        self.streams[replica], self.own = given_up, new
+        self.streams[replica], self.own, self.uncounted = given_up, new, 0
         if not self.applied[replica]:
             del self.applied[replica], self.streams[replica]
 

@@ -29,12 +29,13 @@ class _Goal:
 class Joining:
     """Whether a node is ready, and what it waits for.  Threads may call anything at any time.
 
-    `timeout_s` is for how long a node with seeds waits for a peer that is ready.
+    `timeout_s` is for how long a node with seeds waits for a peer that is ready.  `lacks(mine, vector)`
+    tells whether this node lacks something that is in another vector.
     """
 
-    def __init__(self, has_seeds, timeout_s):
-        self._timeout_s = timeout_s
-        # Guards everything below.  Held for dictionary work only, never together with another.
+    def __init__(self, has_seeds, timeout_s, lacks=lacks):
+        self._timeout_s, self._lacks = timeout_s, lacks
+        # Guards everything below.  Held for dictionary work only; that of the counter may be taken meanwhile.
         self._lock = threading.Lock()
         self._goals = {}  # id of a peer -> _Goal
         self._began_at = None
@@ -90,8 +91,7 @@ class Joining:
         else:
             log.info("ready alone: no seed has answered")
 
-    @staticmethod
-    def _is_reached_locked(goal, mine):
-        if goal.vector is not None and not lacks(mine, goal.vector):
+    def _is_reached_locked(self, goal, mine):
+        if goal.vector is not None and not self._lacks(mine, goal.vector):
             goal.vector = None
         return goal.vector is None

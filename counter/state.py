@@ -21,13 +21,15 @@ import time
 from collections import namedtuple
 from contextlib import suppress
 from functools import partial
+from types import MappingProxyType
 
 from counter import batches
+from counter.absorption import is_shown
 from counter.cancellations import Cancellations
 from counter.histories import Histories
 from counter.ids import cancelling_replica
 from counter.keys import PIECE, KeyTable, SentKeys
-from counter.vectors import Changes
+from counter.vectors import Changes, Vector
 from counter.waiting import Waiters
 from counter.windows import Horizon, canonical, is_series, is_window, parse_series, present_window
 
@@ -46,8 +48,13 @@ PAUSE_S = 0.002  # in which others run
 #   keys: the uses of keys it accepted since, in order: (sequence, digest, name, amount, age in seconds),
 #         and at the end a tuple of dots if the use renews any
 #   requires: ((replica, sequence), …), the dots without which a cancellation must not be merged
+#   heir: the replica that may absorb this one, which has ended at `through`; None if it has not
+#   absorbed: {replica: (its last sequence, by, at, sequence)}: that came into this history since, at `sequence`;
+#         counter/absorption.py says what it means
 # Totals and keys may be columns instead, where there are many: counter.streams.Totals, counter.keys.KeyRecords.
-Delta = namedtuple("Delta", "replica after through totals keys requires", defaults=((), ()))
+Delta = namedtuple(
+    "Delta", "replica after through totals keys requires heir absorbed", defaults=((), (), None, MappingProxyType({}))
+)
 
 
 class Counter:
@@ -67,6 +74,7 @@ class Counter:
         self._keys = KeyTable(keys_max, key_window_s)
         self._histories = Histories(replica, self._keys, counters_max)
         self._counters, self._applied = self._histories.counters, self._histories.applied  # parts of it
+        self._absorptions = self._histories.absorptions
         self._cancellations = Cancellations()
         self._cancelled = {}  # replica of each cancellation -> 1
         self._changes = Changes()  # is told of every replica but this one before its history changes
@@ -83,7 +91,13 @@ class Counter:
     @property
     def sequence(self):
         """The sequence of the last increment accepted under this id; 0 before the first."""
-        return self._applied[self.replica]
+        return self._applied.get(self.replica, 0)
+
+    @property
+    def accepted(self):
+        """How many increments were accepted under this id."""
+        with self._lock:
+            return max(0, self.sequence - self._histories.uncounted)
 
     # Counting.
 
@@ -238,7 +252,7 @@ class Counter:
         """Cancel what was counted more than once because several replicas took one key."""
         conflicts = self._histories.conflicts
         while conflicts:
-            for stays, cancelled in self._keys.settle(conflicts[-1], self.holds):
+            for stays, cancelled in self._keys.settle(conflicts[-1], self._holds_locked):
                 dots = (stays.replica, stays.sequence), (cancelled.replica, cancelled.sequence)
                 self._cancel_locked(cancelling_replica(dots[1]), dots, cancelled.counter, cancelled.amount)
             conflicts.pop()
@@ -310,11 +324,33 @@ class Counter:
 
     def holds(self, replica, sequence):
         """Return whether this dot has been applied here."""
-        return self._held(replica) >= sequence
+        if self._held(replica) >= sequence:
+            return True
+        with self._lock:
+            return self._holds_locked(replica, sequence)
+
+    def _holds_locked(self, replica, sequence):
+        return self._held(replica) >= sequence or self._absorptions.final(replica) >= sequence
 
     def _held(self, replica):
-        """Return the sequence through which the history of a replica is held, 0 if none of it is."""
+        """Return the sequence through which the history of a replica is held; 0 if none of it is, as such."""
         return self._applied.get(replica, 0) or self._cancelled.get(replica, 0)
+
+    def lacks(self, vector, other):
+        """Return whether a node that holds `vector` lacks something that `other` shows, as far as is known here."""
+        missing = Vector.of(other).beyond(vector)
+        return not all(is_shown(vector, self.carriers(replica, sequence)) for replica, sequence, _ in missing)
+
+    def carriers(self, replica, sequence):
+        """Return the dots of which each holds this one: itself, and those that absorbed its replica."""
+        with self._lock:
+            return self._absorptions.carriers(replica, sequence)
+
+    def absorbed(self, replicas):
+        """Return {replica: its last sequence} of those that were absorbed here."""
+        with self._lock:
+            finals = {replica: self._absorptions.final(replica) for replica in replicas if not self._held(replica)}
+        return {replica: final for replica, final in finals.items() if final}
 
     def vector(self):
         """Return what is applied, {replica: sequence}, as a Vector."""
@@ -349,11 +385,12 @@ class Counter:
 
     # Replicating.
 
-    def deltas(self, known, size_max, now):
+    def deltas(self, known, size_max, now, with_endings=True):
         """Return what a node that holds the vector `known` lacks: a list of Delta, to be merged in order.
 
-        `size_max` is in bytes on the wire, roughly.  No replica's delta is ever split, or two
-        nodes could hold equal vectors and different totals; so a list of one may be larger.
+        Without endings there is none that has an heir, or something absorbed.  `size_max` is in bytes on the
+        wire, roughly.  No replica's delta is ever split, or two nodes could hold equal vectors and different
+        totals; so a list of one may be larger.
         """
         found, size = [], 0
         with self._lock:
@@ -361,11 +398,20 @@ class Counter:
             # holds a dot may be a later delta than the one it was first in.
             lacking = self._vector_locked().beyond(known)
             for replica, _, after in sorted(lacking, key=lambda entry: (entry[0] in self._cancelled, entry)):
-                if size < size_max:
+                withheld = not with_endings and self._has_endings_locked(replica, after)
+                if size < size_max and not withheld:
                     delta = self._delta_locked(replica, after, now)
                     found.append(delta)
-                    size += 80 * len(delta.totals) + 150 * len(delta.keys)
+                    size += 80 * len(delta.totals) + 150 * (len(delta.keys) + len(delta.absorbed))
         return [_finished(delta) for delta in found]
+
+    def has_endings(self, replica, after):
+        """Return whether a delta of a replica after a sequence has an heir, or something absorbed."""
+        with self._lock:
+            return self._has_endings_locked(replica, after)
+
+    def _has_endings_locked(self, replica, after):
+        return replica in self._histories.heirs or self._absorptions.latest(replica) > after
 
     def delta(self, replica, after, now):
         """Return what `replica` did after sequence `after`, as a Delta; None if nothing is known.
@@ -373,7 +419,8 @@ class Counter:
         10,000 increments of one counter are one entry: the cost is that of what changed.
         """
         with self._lock:
-            delta = self._delta_locked(replica, after, now) if self.holds(replica, after + 1) else None
+            through = self._applied.get(replica) or self._cancelled.get(replica, 0)
+            delta = self._delta_locked(replica, after, now) if through > after else None
         return delta and _finished(delta)
 
     def _delta_locked(self, replica, after, now):
@@ -386,7 +433,9 @@ class Counter:
         keys = (
             SentKeys(partial(self._copy_uses, replica), after, through, uses, self._counters.names, now) if uses else ()
         )
-        return Delta(replica, after, through, self._histories.streams[replica].cut(after, self._counters.names), keys)
+        totals = self._histories.streams[replica].cut(after, self._counters.names)
+        heir, absorbed = self._histories.heirs.get(replica), self._absorptions.since(replica, after)
+        return Delta(replica, after, through, totals, keys, (), heir, absorbed)
 
     def _copy_uses(self, *range):
         with self._lock:
@@ -398,30 +447,39 @@ class Counter:
         Only APPLIED has changed anything.  A delta of this very replica is HELD: nobody knows
         more of it.  `now` is when the delta was cut, as far as known: the ages of keys are as of then.
         """
-        replica, after, through, *_, requires = delta
+        replica, after, through = delta[:3]
         with self._lock:
-            if requires:
+            if delta.requires:
                 return self._merge_cancellation_locked(delta)
             held = self._applied.get(replica, 0)
-            if replica == self.replica or through <= held:
+            if replica == self.replica or through <= held or self._is_over_locked(replica):
                 return HELD
             if after > held:
                 return GAP
-            self._changes.touch(replica)
+            if self.replica in delta.absorbed and not self._histories.ended:
+                self._renew_locked()  # a copy of this very process has ended
+            for changed in (replica, *filter(self._applied.__contains__, delta.absorbed)):
+                self._changes.touch(changed)
             self._histories.take(delta, now)
             self._changed_locked(replica, through)
+            if delta.absorbed:
+                self._waiters.wake_all_locked()
             with suppress(MemoryError):  # what is not settled now is at the next call of expire()
                 self._settle_locked()
             return APPLIED
 
+    def _is_over_locked(self, replica):
+        """Return whether there can be nothing new of a replica: it is held to its end, or was absorbed."""
+        return replica in self._histories.heirs or self._absorptions.final(replica) > 0
+
     def _merge_cancellation_locked(self, delta):
-        replica, _, through, totals, _, dots = delta
-        if self.holds(replica, through):
+        replica, through, totals, dots = delta.replica, delta.through, delta.totals, delta.requires
+        if self._holds_locked(replica, through):
             return HELD
         # A cancellation must not be applied before both increments it refers to.  What is none, though
         # it says so, never is.
         is_one = through == 1 >= len(totals) and len(dots) == 2 and replica == cancelling_replica(dots[1])
-        if not is_one or not (self.holds(*dots[0]) and self.holds(*dots[1])):
+        if not is_one or not all(self._holds_locked(*dot) for dot in dots):
             return NEEDS
         # Without a name it is one of a window that has ended; if it is not held, it has ended here.
         name, (_, amount) = next(iter(totals.items()), ("/", (1, 0)))
@@ -430,6 +488,40 @@ class Counter:
             return NEEDS
         self._cancel_locked(replica, dots, number, -amount)
         return APPLIED
+
+    # Ending, and what is left of those that ended.
+
+    def end(self, heir):
+        """Write the will of this replica; return whether it did.
+
+        It counts nothing any more, so increments raise Ended; and `heir`, a replica, may absorb it.
+        One that has counted nothing leaves nothing, and needs no will.
+        """
+        with self._lock:
+            if self._histories.ended or not self.sequence:
+                return False
+            self._histories.end(heir)
+            self._changed_locked(self.replica, self.sequence)
+            return True
+
+    def absorb(self, kept=()):
+        """Absorb a replica that has ended, if there is one that this may absorb; return it, or None.
+
+        Those in `kept` are left alone, and those of whom a key is remembered, for as long as it is.
+        """
+        with self._lock:
+            for replica in self._histories.heirs:
+                if replica not in kept and self._may_absorb_locked(replica):
+                    self._changes.touch(replica)
+                    self._changed_locked(self.replica, self._histories.absorb(replica))
+                    self._waiters.wake_all_locked()
+                    return replica
+        return None
+
+    def _may_absorb_locked(self, replica):
+        # Of an heir that was absorbed itself, the right goes to who absorbed it.
+        heir = self._absorptions.successor(self._histories.heirs[replica])
+        return heir == self.replica and not self._histories.ended and not self._keys.number(replica, 0)
 
     # The own id.
 
@@ -441,17 +533,20 @@ class Counter:
         to a snapshot.  What was counted so far stays, as the past of a foreign replica.
         """
         replica = self.replica
-        return known.get(replica, 0) > self._applied.get(replica, 0) and self.renew(replica)
+        return not self.holds(replica, known.get(replica, 0)) and self.renew(replica)
 
     def renew(self, replica):
         """Draw a new replica id if this one is the present one; return whether it was."""
         with self._lock:
-            if self.replica != replica:
-                return False  # another thread has done it
-            self._changes.touch(replica)
-            self._histories.renew()
-            self._vector = None
+            if self.replica != replica or self._histories.ended:
+                return False  # another thread has done it, or it counts nothing any more
+            self._renew_locked()
             return True
+
+    def _renew_locked(self):
+        self._changes.touch(self.replica)
+        self._histories.renew()
+        self._vector = None
 
 
 def _finished(delta):

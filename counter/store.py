@@ -16,9 +16,10 @@ import time
 from collections import namedtuple
 
 from counter import datafile
+from counter.absorption import is_shown
 from counter.datafile import DataFileError
 from counter.datawriter import Writer
-from counter.vectors import Vector, lacks
+from counter.vectors import Vector
 from counter.waiting import Waiters
 from counter.windows import NEVER
 
@@ -93,8 +94,9 @@ class Store:
             self._close()
         else:
             self._thread.join(timeout_s)
+        lacking = self._lacks(self._counter.vector())
         with self._lock:
-            return not self._thread.is_alive() and self._error is None and not self._lacks(self._counter.vector())
+            return not self._thread.is_alive() and self._error is None and not lacking
 
     def stop_waiting(self):
         """Wake all who wait for a dot to be saved and refuse new waits; called when the node stops."""
@@ -109,7 +111,7 @@ class Store:
         """
 
         def is_saved():
-            return self._saved.get(replica, 0) >= sequence
+            return is_shown(self._saved, self._counter.carriers(replica, sequence))
 
         def is_over():
             self._wake.set()  # the file has to be written to at once: a request waits for it
@@ -117,8 +119,9 @@ class Store:
 
         if not is_over():
             self._waiters.wait(is_over, timeout_s, (replica, sequence))
+        saved = is_saved()
         with self._lock:
-            return not self._error and is_saved()
+            return not self._error and saved
 
     def status(self):
         """Return the Status of the file."""
@@ -164,7 +167,7 @@ class Store:
                 self._complete_at = self._clock()
 
     def _lacks(self, vector):
-        return lacks(self._saved, vector)
+        return self._counter.lacks(self._saved, vector)
 
     def _commit(self):
         began = self._clock()
@@ -191,19 +194,32 @@ class Store:
     def _committed(self, deltas, vector, began):
         """Take note that a transaction, perhaps an empty one, holds; tell those who waited for it."""
         self._failures = 0
+        saved = {delta.replica: self._saved_through(delta) for delta in deltas}
         with self._lock:
             failed, self._error = self._error, None
-            before, news = self._saved, {delta.replica: self._writer.vector[delta.replica] for delta in deltas}
+            before, news = self._saved, {}
+            for delta in deltas:
+                news[delta.replica] = saved[delta.replica]
+                news |= dict.fromkeys(delta.absorbed, 0)
             self._saved = before.updated(news)
             for replica, through in news.items():
                 self._waiters.reached_locked(replica, through, before.get(replica))
-            if not self._lacks(vector):
-                self._complete_at = began
-                self._saved = vector.updated(news)  # the same, but comparing it with the counter's next one is quick
+            if any(delta.absorbed for delta in deltas):
+                self._waiters.wake_all_locked()
             self._numbers["commits"] += bool(deltas)
             self._numbers["commit_seconds"] += self._clock() - began
+        if not self._lacks(vector):
+            with self._lock:
+                self._complete_at = began
+                self._saved = vector.updated(news)  # the same, but comparing it with the counter's next one is quick
         if failed:
             log.info("data file works again: file=%s", self._path)
+
+    def _saved_through(self, delta):
+        """Return the sequence through which the file holds the replica of a delta that it was given."""
+        # Another process may have written to the file that it was absorbed: then it is held, but not in the vector.
+        through = self._writer.vector.get(delta.replica, 0)
+        return through or (delta.through if self._writer.holds(delta.replica, delta.through) else 0)
 
     def _failed(self, error):
         """Take note that a transaction failed: it is tried again, from opening the file on."""

@@ -11,6 +11,7 @@ whose messages have a `v` that is too small for it.  What the versions added:
 
     1  `v` itself
     2  a vector as a summary: its latest entries in `recent`, and `rest`, a hash of all others
+    3  in a delta `heir` and `absorbed`: who ended, and in whose history it is counted
 """
 
 import itertools
@@ -23,7 +24,8 @@ from counter.checks import GrowingDelta, is_int, require
 from counter.ids import REPLICA, SEQUENCE_MAX
 from counter.vectors import Summary
 
-VERSION = 2  # of what a message may say
+VERSION = 3  # of what a message may say
+ABSORBING = 3  # the first that says which replicas ended, and were absorbed
 SHORT = 1000  # entries; a message with more is cut into lines
 PIECE = 100  # entries of a line, some 16 KB: so a slow link moves something all the time
 LINE_BYTES = 48 * 1024  # of a line without its signature, at most
@@ -72,7 +74,7 @@ class Message(namedtuple("Message", _FIELDS, defaults=({}, None, None, None, Non
 def encode(message):
     """Yield the lines of a Message, as bytes; they are the same each time."""
     head = _head(message)
-    entries = sum(len(delta.totals) + len(delta.keys) for delta in message.deltas)
+    entries = sum(len(delta.totals) + len(delta.keys) + len(delta.absorbed) for delta in message.deltas)
     entries += sum(len(entries) for _, entries in _collections(message))
     if entries <= SHORT:
         line = _json(head | _whole(message))
@@ -133,17 +135,26 @@ def _whole(message):
         else:
             fields[name] = entries
     if message.deltas:
-        fields["deltas"] = [_delta_head(delta) | _delta_rest(delta.totals, delta.keys) for delta in message.deltas]
+        fields["deltas"] = [_delta_head(delta) | _delta_rest(delta) for delta in message.deltas]
     return fields
 
 
 def _delta_head(delta):
     head = {"replica": delta.replica, "after": delta.after, "through": delta.through}
-    return head | {"requires": delta.requires} if delta.requires else head
+    if delta.requires:
+        head["requires"] = delta.requires
+    if delta.heir:
+        head["heir"] = delta.heir
+    return head
 
 
-def _delta_rest(totals, keys):
-    return {"totals": totals, "keys": keys} if keys else {"totals": totals}
+def _delta_rest(delta):
+    rest = {"totals": delta.totals}
+    if delta.keys:
+        rest["keys"] = delta.keys
+    if delta.absorbed:
+        rest["absorbed"] = delta.absorbed
+    return rest
 
 
 def _parts(message):
@@ -154,6 +165,8 @@ def _parts(message):
             yield {name: {inner[0]: piece} if inner else piece}
     for delta in message.deltas:
         yield {"delta": _delta_head(delta)}
+        for piece in _pieces(delta.absorbed.items()):
+            yield {"absorbed": dict(piece)}
         for piece in _pieces(delta.totals.items()):
             yield {"totals": dict(piece)}
         for piece in _pieces(delta.keys):
@@ -222,10 +235,13 @@ class Decoder:
             self._deltas[-1].add_totals(fields["totals"])
         if "keys" in fields:
             self._deltas[-1].add_keys(_list(fields["keys"]))
+        if "absorbed" in fields:
+            self._deltas[-1].add_absorbed(fields["absorbed"])
 
     def _begin_delta(self, fields):
         replica, after, through = fields["replica"], fields["after"], fields["through"]
-        delta = GrowingDelta(replica, after, through, fields.get("requires", ()))
+        delta = GrowingDelta(replica, after, through, fields.get("requires", ()), fields.get("heir"))
+        delta.add_absorbed(fields.get("absorbed", {}))
         delta.add_totals(fields.get("totals", {}))
         delta.add_keys(_list(fields.get("keys", [])))
         self._deltas.append(delta)

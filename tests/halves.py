@@ -24,9 +24,9 @@ class Half:
         rng = random.Random(1)
         self.counter = Counter(replica)
         self.table = PeerTable(replica, address, [], 1.0, 5.0, 8, rng, wall=lambda: 1e9)
-        self.confirmations = Confirmations()
+        self.confirmations = Confirmations(self.counter.carriers)
         self.links = Links(self.counter, self.confirmations, 0.1, 10.0, doubtful_max, rng)
-        self.joining = Joining(has_seeds, 10.0)
+        self.joining = Joining(has_seeds, 10.0, self.counter.lacks)
         self.gossip = Gossip(self.counter, self.table, self.links, self.confirmations, self.joining, push_fanout)
         self._numbers = itertools.count(1)
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from counter import Counter, Delta, cancelling_replica, key_digest
 from counter.windows import is_window, present_window
 
-A, B, C, D = (f"{letter * 8}-{letter * 4}-8{letter * 3}" for letter in "abcd")
+A, B, C, D, E = (f"{letter * 8}-{letter * 4}-8{letter * 3}" for letter in "abcde")
 AFTER_ALL_S, WALL = 1.0, 500 * 3600.0  # WALL: seconds since 1970
 
 
@@ -34,6 +34,7 @@ def new():
     counter.merge(Delta(C, 0, 9, old), 0)
     counter.end_windows(61 * 3600)  # which those of number 0 have, so some counters to come get their numbers
     counter.merge(Delta(A, 0, 40, {f"a{number}": (number + 1, 2**40) for number in range(40)}), 0)
+    counter.merge(willed(D), 0)
     return counter
 
 
@@ -49,6 +50,17 @@ def cancelling(counter):
     dots = (A, 39), (B, 40)
     totals = {"n39": (1, -1)}
     return counter.merge(Delta(cancelling_replica(dots[1]), 0, 1, totals, (), dots), 1)
+
+
+def willed(replica):
+    """Return all that a replica did, which ended, and which this one may absorb."""
+    return Delta(replica, 0, 5, {f"w{number}": (number + 1, 2**40) for number in range(4)}, heir=B)
+
+
+def absorbed(counter):
+    """Merge a history into which two replicas were absorbed, of which one is known."""
+    totals = {f"w{number}": (19, 2**40) for number in range(4)}
+    return counter.merge(Delta(C, 9, 19, totals, absorbed={E: (5, C, 14, 14), D: (5, C, 19, 19)}), 1)
 
 
 OPERATIONS = {
@@ -72,6 +84,10 @@ OPERATIONS = {
     "a window that ended comes from a peer": merging(
         A, 40, ["c@1h:60/0", "new", "d@1h:60/0"], (41, "k", "c@1h:60/0", 1)
     ),
+    "a replica ended": lambda counter: counter.merge(willed(E), 1),
+    "a replica is absorbed": lambda counter: counter.absorb(),
+    "replicas were absorbed": absorbed,
+    "this replica ends": lambda counter: counter.end(A),
     "keys are forgotten": lambda counter: counter.expire(1000),
 }
 

@@ -3,6 +3,7 @@
 import pytest
 from halves import ME, A, B, C
 
+from counter import Counter, Delta
 from counter.joining import Joining
 
 TIMEOUT_S = 10.0
@@ -86,3 +87,14 @@ def test_ready_is_for_ever(joining):
     assert look(joining, TIMEOUT_S)
     joining.heard(A, True, {B: 5}, {})
     assert look(joining, TIMEOUT_S + 1, {}, [C], {SEED: "answered 401"})
+
+
+def test_what_was_absorbed_meanwhile_is_reached():
+    counter = Counter(B)
+    counter.merge(Delta(A, 0, 5, {"x": (4, 1)}, heir=B), 0)
+    joining = Joining(True, TIMEOUT_S, counter.lacks)
+    joining.heard(C, True, {A: 5}, {})
+    assert not joining.ready
+    counter.absorb()
+    joining.heard(C, True, {A: 5}, counter.vector())
+    assert joining.ready

@@ -16,7 +16,7 @@ def test_no_failing_allocation_leaves_a_wrong_count():
     """Each allocation of an increment, of a merge and so on fails once: all or nothing has changed then."""
     pytest.importorskip("_testcapi")  # of CPython; some distributions have it in a package of its own
     script = Path(__file__).parent / "memory_faults.py"
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=80)
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=160)
     assert run.returncode == 0, run.stdout + run.stderr
 
 

@@ -520,3 +520,41 @@ def test_recorded_messages_are_worth_nothing(restarted):
             assert node.gossip.receive(decode(lines), network.now).number is not None
     assert before == [(node.counter.vector(), node.table.snapshot(network.now)) for node in network.alive()]
     assert {node.counter.value("a") for node in network.alive()} == {0 if restarted else 100}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_nodes_that_stop_in_order_leave_nothing(seed):
+    """Neither entries nor a place in the vector, over a network that loses and repeats; crashes leave both."""
+    network = Network(seed)
+    rng, addresses, crashed = network.rng, ADDRESSES[:4], set()
+    for address in addresses:
+        network.start(address, seeds=ADDRESSES[:2])
+    network.run(5)
+    for _ in range(12):
+        for _ in range(rng.randrange(20)):
+            rng.choice(network.alive()).increment(*an_amount(rng))
+            network.run(rng.expovariate(20))
+        victim = network.nodes[rng.choice(addresses)]
+        if rng.random() < 0.2:
+            network.crash(victim.address)
+            crashed.add(victim.counter.replica)
+        else:
+            network.stop(victim.address)
+            network.run(2)
+        network.check()
+        network.start(victim.address, seeds=ADDRESSES[:2])
+        network.run(rng.uniform(2, 8))
+        network.check()
+    network.loss = 0
+    living = {node.counter.replica for node in network.alive()}
+
+    def is_clean():
+        return network.converged() and network.alive()[0].counter.vector().keys() <= living | crashed
+
+    # A heir that crashed with a will to keep leaves what it had to absorb: as if that had crashed as well.
+    network.run_until(is_clean, 60)
+    assert network.run_until(network.converged, 60)
+    network.check()
+    counter = network.alive()[0].counter
+    left = counter.vector().keys() - living - crashed
+    assert all(counter.delta(replica, 0, 0).heir in crashed for replica in left)
