@@ -139,6 +139,7 @@ def heartbeats(one, other, now, rounds=1, counting=()):
             while link := sender.links.take(now):
                 sizes += talk(sender, receiver, link, now)
                 now += 0.01
+                assert len(sizes) < 1000, "they do not come to an end"
         for node in counting:
             node.counter.increment("x")
     return sizes
