@@ -29,7 +29,7 @@ class Cancellations:
         return map(replica_of, self._ids)
 
     def __contains__(self, replica):
-        return self._index.find([replica_bits(replica)]) != [-1]
+        return bool(self._ids) and self._index.find([replica_bits(replica)]) != [-1]
 
     def add(self, smaller, larger, number, amount):
         """Cancel the dot `larger`, which counted `amount` to the counter with that number; all or nothing.
@@ -54,11 +54,6 @@ class Cancellations:
             for row, number in enumerate(self._numbers):
                 if number in numbers:
                     self._numbers[row] = ENDED
-
-    def drop_last(self):
-        """Undo the adding of the last."""
-        self._truncate(len(self) - 1)
-        self._index = Index(self._ids)
 
     def _truncate(self, length):
         for column, width in ((self._ids, 1), (self._amounts, 1), (self._numbers, 1), (self._dots, 4)):

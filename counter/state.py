@@ -76,7 +76,6 @@ class Counter:
         self._counters, self._applied = self._histories.counters, self._histories.applied  # parts of it
         self._absorptions = self._histories.absorptions
         self._cancellations = Cancellations()
-        self._cancelled = {}  # replica of each cancellation -> 1
         self._changes = Changes()  # is told of every replica but this one before its history changes
         self._vector = None  # the vector last handed out; None once out of date
         self._waiters = Waiters(self._lock)
@@ -193,7 +192,7 @@ class Counter:
                 more = self._keys.forget(now)
                 self._histories.free_forgotten()
         with self._lock:
-            if self._changes.grow_older(self.replica, self._held, now):
+            if self._changes.grow_older(self.replica, self._held_locked, now):
                 self._vector = None
         most = max(ENDED_MIN, self._counters.windows // 20)
         self.end_windows(self._horizon.look(now, self._wall()), most)
@@ -245,7 +244,7 @@ class Counter:
         """
         with self._lock:
             self._keys.keep(now)
-            self._changes.settle(self.replica, self._held)
+            self._changes.settle(self.replica, self._held_locked)
             self._vector = None
 
     def _settle_locked(self):
@@ -259,17 +258,12 @@ class Counter:
 
     def _cancel_locked(self, replica, dots, number, amount):
         """Cancel the second of two dots, which counted `amount`, unless that was done."""
-        if replica in self._cancelled:
+        if replica in self._cancellations:
             return
         self._changes.touch(replica)
         is_held = number is not None and self._counters.is_held(number)  # else it is a window that has ended
         value = self._counters.values[number] - amount if is_held else None
         self._cancellations.add(*dots, number if is_held else None, amount)
-        try:
-            self._cancelled[replica] = 1
-        except BaseException:
-            self._cancellations.drop_last()
-            raise
         if is_held:
             self._counters.values[number] = value
         self._changed_locked(replica, 1)
@@ -320,21 +314,21 @@ class Counter:
     def weight(self, active):
         """Return how much is held of whom, a Weight; `active` are the replicas of the peers that are."""
         with self._lock:
-            return self._histories.weight(active)._replace(cancellations=len(self._cancelled))
+            return self._histories.weight(active)._replace(cancellations=len(self._cancellations))
 
     def holds(self, replica, sequence):
         """Return whether this dot has been applied here."""
-        if self._held(replica) >= sequence:
+        if self._applied.get(replica, 0) >= sequence:
             return True
         with self._lock:
             return self._holds_locked(replica, sequence)
 
     def _holds_locked(self, replica, sequence):
-        return self._held(replica) >= sequence or self._absorptions.final(replica) >= sequence
+        return self._held_locked(replica) >= sequence or self._absorptions.final(replica) >= sequence
 
-    def _held(self, replica):
+    def _held_locked(self, replica):
         """Return the sequence through which the history of a replica is held; 0 if none of it is, as such."""
-        return self._applied.get(replica, 0) or self._cancelled.get(replica, 0)
+        return self._applied.get(replica, 0) or int(replica in self._cancellations)
 
     def lacks(self, vector, other):
         """Return whether a node that holds `vector` lacks something that `other` shows, as far as is known here."""
@@ -349,7 +343,9 @@ class Counter:
     def absorbed(self, replicas):
         """Return {replica: its last sequence} of those that were absorbed here."""
         with self._lock:
-            finals = {replica: self._absorptions.final(replica) for replica in replicas if not self._held(replica)}
+            finals = {
+                replica: self._absorptions.final(replica) for replica in replicas if not self._held_locked(replica)
+            }
         return {replica: final for replica, final in finals.items() if final}
 
     def vector(self):
@@ -359,7 +355,7 @@ class Counter:
 
     def _vector_locked(self):
         if self._vector is None:
-            self._vector = self._changes.vector(self.replica, self._held)
+            self._vector = self._changes.vector(self.replica, self._held_locked)
         return self._vector
 
     # Waiting.
@@ -397,7 +393,7 @@ class Counter:
             # Cancellations come last: a receiver takes one only when it holds both dots, and what
             # holds a dot may be a later delta than the one it was first in.
             lacking = self._vector_locked().beyond(known)
-            for replica, _, after in sorted(lacking, key=lambda entry: (entry[0] in self._cancelled, entry)):
+            for replica, _, after in sorted(lacking, key=lambda entry: (entry[0] in self._cancellations, entry)):
                 withheld = not with_endings and self._has_endings_locked(replica, after)
                 if size < size_max and not withheld:
                     delta = self._delta_locked(replica, after, now)
@@ -419,13 +415,13 @@ class Counter:
         10,000 increments of one counter are one entry: the cost is that of what changed.
         """
         with self._lock:
-            through = self._applied.get(replica) or self._cancelled.get(replica, 0)
+            through = self._held_locked(replica)
             delta = self._delta_locked(replica, after, now) if through > after else None
         return delta and _finished(delta)
 
     def _delta_locked(self, replica, after, now):
         """Return a Delta with its keys as SentKeys, which are read without the lock."""
-        if replica in self._cancelled:
+        if replica in self._cancellations:
             *dots, number, amount = self._cancellations.get(replica)
             totals = {} if number is None else {self._counters.names[number]: (1, -amount)}
             return Delta(replica, after, 1, totals, (), tuple(dots))
