@@ -16,7 +16,7 @@ import yaml
 from authority import Authority
 from conftest import PROJECT, require_tools
 
-from counter import Counter, Delta, new_replica
+from counter import Counter, Delta, cancelling_replica, new_replica
 from counter.config import parse_arguments
 
 DEPLOY = PROJECT / "deploy"
@@ -260,6 +260,35 @@ def entries(number):
     return counter
 
 
+def ended(number):
+    """Processes that ended without an heir, and counted once each."""
+    counter = Counter(new_replica())
+    for _ in range(number):
+        counter.merge(Delta(new_replica(), 0, 1, {"default": (1, 1)}), 0.0)
+    counter.was_loaded(0.0)
+    assert counter.vector()
+    return counter
+
+
+def absorbed(number):
+    counter = Counter(new_replica())
+    facts = {new_replica(): (1000, new_replica(), 7, 9) for _ in range(number)}
+    counter.merge(Delta(new_replica(), 0, 9, {"default": (9, 1)}, absorbed=facts), 0.0)
+    return counter
+
+
+def cancellations(number):
+    counter, (stays, cancelled) = Counter(new_replica()), (new_replica(), new_replica())
+    for replica in (stays, cancelled):
+        counter.merge(Delta(replica, 0, number, {"default": (number, number)}), 0.0)
+    for sequence in range(1, number + 1):
+        dots = (stays, sequence), (cancelled, sequence)
+        counter.merge(Delta(cancelling_replica(dots[1]), 0, 1, {"default": (1, -1)}, (), dots), 0.0)
+    counter.was_loaded(0.0)
+    assert counter.vector()
+    return counter
+
+
 def keys(number):
     counter = Counter(new_replica(), number, number, 3600)
     for key in range(number):
@@ -270,12 +299,15 @@ def keys(number):
 def test_the_memory_limit_holds_what_the_flags_allow():
     """It follows from the formula beside it, whose figures bound those of the real objects."""
     text = (DEPLOY / "kubernetes.yaml").read_text()
-    base, per_counter, per_entry, per_key, per_connection, per_waiting = (
+    base, per_counter, per_entry, per_process, per_absorbed, per_cancellation, per_key, per_connection, per_waiting = (
         float(re.search(pattern, text)[1]) * unit
         for pattern, unit in [
             (r"# +(\d+) MiB\n", 2**20),
             (r"\+ ([\d.]+) KB for every counter\n", 1000),
             (r"\+ ([\d.]+) KB for every counter and further process", 1000),
+            (r"\+ ([\d.]+) KB for every process that ended without an heir", 1000),
+            (r", ([\d.]+) KB for every other that ended", 1000),
+            (r"\+ ([\d.]+) KB for every increment that was counted twice", 1000),
             (r"\+ ([\d.]+) KB for every key", 1000),
             (r"\+ ([\d.]+) KB for every connection", 1000),
             (r"\+ ([\d.]+) KB for every request that waits", 1000),
@@ -283,6 +315,9 @@ def test_the_memory_limit_holds_what_the_flags_allow():
     )
     assert bytes_per_item(counters) <= per_counter
     assert bytes_per_item(entries) - bytes_per_item(counters) <= FURTHER * per_entry
+    assert bytes_per_item(ended) <= per_process
+    assert bytes_per_item(absorbed) <= per_absorbed
+    assert bytes_per_item(cancellations) <= per_cancellation
     assert bytes_per_item(keys) <= per_key
     flags = [flag for flag in container()["args"] if not flag.startswith("--secret-file")]
     config = parse_arguments([*flags, "--insecure"])
@@ -291,6 +326,7 @@ def test_the_memory_limit_holds_what_the_flags_allow():
     needed = (
         base
         + pods * config.max_counters * (per_counter + per_entry * (processes - 1))
+        + per_process * processes
         + per_key * config.max_idempotency_keys
         + per_connection * config.max_connections
         + per_waiting * config.max_waiting
