@@ -9,12 +9,12 @@ import threading
 from counter.binding import Numbers
 from counter.clocks import Clocks
 from counter.confirmations import NOTHING_HELD, is_long
+from counter.deltas import APPLIED, GAP, NEEDS
 from counter.freshness import Freshness
 from counter.ids import SEQUENCE_MAX
 from counter.links import LINK_IDLE_S
 from counter.past import Past
 from counter.roster import ACTIVE, LOST
-from counter.state import APPLIED, GAP, NEEDS
 from counter.vectors import Vector
 from counter.wire import ABSORBING, Message, View
 from peers import log_changes

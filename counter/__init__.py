@@ -1,5 +1,6 @@
 """The parts of a counter node, a file per concern; none of them imports from outside this package."""
 
+from counter.deltas import APPLIED, GAP, HELD, NEEDS, Delta
 from counter.histories import Ended, TooManyCounters, WindowEnded
 from counter.ids import (
     AMOUNT_MAX,
@@ -13,7 +14,7 @@ from counter.ids import (
     parse_increment_id,
 )
 from counter.keys import KeyReused, TooManyKeys
-from counter.state import APPLIED, GAP, HELD, NEEDS, Counter, Delta
+from counter.state import Counter
 
 __version__ = "1.1.0.dev0"
 

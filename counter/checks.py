@@ -6,9 +6,9 @@ GrowingDelta takes a delta piece by piece, so that none of it has to be kept in 
 import itertools
 import re
 
+from counter.deltas import Delta
 from counter.ids import AMOUNT_MAX, REPLICA, SEQUENCE_MAX
 from counter.keys import KeyRecords
-from counter.state import Delta
 from counter.streams import Totals
 from counter.windows import is_counter, is_window
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from zlib import crc32
 
 from counter.checks import AGE_MAX_S, checked_delta
-from counter.state import Delta
+from counter.deltas import Delta
 from counter.windows import end_of, is_window
 
 APPLICATION_ID = 0x436E7472  # "Cntr", in the header of the file

@@ -12,8 +12,8 @@ import json
 import re
 
 from counter.checks import AGE_MAX_S, checked_delta
+from counter.deltas import Delta
 from counter.ids import AMOUNT_MAX, SEQUENCE_MAX, replica_of
-from counter.state import Delta
 from counter.windows import end_of, is_counter
 
 FORMAT = 1
