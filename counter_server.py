@@ -164,8 +164,8 @@ class Node:
         """
         self.server.stop_serving_clients(self._stop_waiting)
         peers, accepted = self.table.active(), self.counter.accepted
-        self.gossip.end()
-        complete, left_over = self.gossip.drain(time.monotonic, self.config.drain_timeout)
+        self.gossip.leaving.end()
+        complete, left_over = self.gossip.leaving.drain(time.monotonic, self.config.drain_timeout)
         self._report_handing_over(complete, left_over)
         ended = [self.heartbeat.stop(STOP_S), self.replicator.stop(STOP_S), self.server.stop()]
         if not all(ended):

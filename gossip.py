@@ -12,9 +12,10 @@ from counter.confirmations import NOTHING_HELD, is_long
 from counter.deltas import APPLIED, GAP, NEEDS
 from counter.freshness import Freshness
 from counter.ids import SEQUENCE_MAX
+from counter.leaving import Leaving, all_absorb
 from counter.links import LINK_IDLE_S
 from counter.past import Past
-from counter.roster import ACTIVE, LOST
+from counter.roster import LOST
 from counter.vectors import Vector
 from counter.wire import ABSORBING, Message, View
 from peers import log_changes
@@ -23,7 +24,6 @@ log = logging.getLogger("counter.replication")
 
 DELTAS_MAX = 2**20  # bytes of deltas in a message of several replicas, roughly
 SUMMARIES_SINCE = 2  # the wire.VERSION of nodes that understand the summary of a vector
-RETRY_LOST_S = 0.5  # between two tries to hand over to a lost peer while the node stops
 NO_VIEW = View([], [])  # what a mere push shows
 
 
@@ -38,6 +38,7 @@ class Gossip:
         self._confirmations, self._joining = confirmations, joining
         self._push_fanout = push_fanout
         self.freshness = Freshness(table, links)
+        self.leaving = Leaving(counter, table, links, confirmations)
         # Guards the number.  Never held together with another.
         self._lock = threading.Lock()
         self._number = 0  # of the latest request
@@ -62,12 +63,8 @@ class Gossip:
 
     def _absorb(self):
         """Absorb a replica that has ended and is gone, if it made this node its heir."""
-        if self._all_absorb() and (absorbed := self._counter.absorb(kept=self._table.present())):
+        if all_absorb(self._table) and (absorbed := self._counter.absorb(kept=self._table.present())):
             log.info("absorbed: id=%s", absorbed)
-
-    def _all_absorb(self):
-        """Return whether all active peers are known to understand who ended, and was absorbed."""
-        return all(self._table.v_of(id) >= ABSORBING for id, _ in self._table.active())
 
     def _say_if_ready(self):
         if self._joining.ready:
@@ -320,56 +317,6 @@ class Gossip:
         """Wake all who wait for acks or to read, and refuse new waits; called when the node stops."""
         self._confirmations.stop_waiting()
         self.freshness.stop()
-
-    def end(self):
-        """Make a peer the heir of this node, which counts nothing any more; return its id, None if there is none.
-
-        The one that started last is likely to stay for longest.
-        """
-        if not self._all_absorb():
-            log.info("stopping without an heir: a peer runs an older version, or its version is not known")
-            return None
-        heir = self._table.youngest(self._confirmations.vectors.keys() - {self._counter.replica})
-        return heir if heir and self._counter.end(heir) else None
-
-    def drain(self, clock, timeout_s):
-        """Say to all peers that this node leaves, and hand over what it holds.
-
-        Return (whether all is handed over, how many increments no peer is known to hold).  Where no
-        peer is active, those that are lost are tried until one of them holds everything.
-        """
-        self._table.leave()
-        mine = self._counter.vector()  # what peers tell it from now on they hold anyway
-        told, deadline = set(), clock() + timeout_s
-
-        def is_over():
-            return self._is_handed_over(mine) or not told.issuperset(id for id, _ in self._table.active())
-
-        while True:
-            # Some may leave as well, or turn out to have restarted, and then their successors are told.
-            active = dict(self._table.active())
-            new = [address for id, address in active.items() if id not in told]
-            told.update(active)
-            lost = [peer.address for peer in self._table.snapshot(clock()) if peer.state == LOST]
-            self._links.send_heartbeats(new if active else lost, [], clock())
-            left_s = deadline - clock()
-            if self._is_handed_over(mine) or left_s <= 0:
-                peers = {peer.id for peer in self._table.snapshot(clock())}
-                return self._is_handed_over(mine), self._confirmations.held_by_none(mine, peers)
-            self._confirmations.wait(is_over, min(RETRY_LOST_S, left_s))
-
-    def _is_handed_over(self, mine):
-        """Return whether all active peers hold `mine` and know that this node leaves.
-
-        If none is active, return whether those that are lost hold it between them.
-        """
-        states = {peer.id: peer.state for peer in self._table.snapshot(0.0)}
-        active, vectors = [id for id, state in states.items() if state == ACTIVE], self._confirmations.vectors
-        if not active:
-            return not states or not self._confirmations.held_by_none(mine, states.keys())
-        return self._confirmations.know_of_leaving(active) and not any(
-            self._counter.lacks(vectors.get(id, NOTHING_HELD), mine) for id in active
-        )
 
 
 def _summary(vector, listed):

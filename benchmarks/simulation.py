@@ -125,7 +125,7 @@ class Network:
     def stop(self, address, within_s=2.0):
         """Stop a node in order: it ends, says that it leaves, and is gone a while later, whoever has heard of it."""
         node = self.nodes[address]
-        node.gossip.end()
+        node.gossip.leaving.end()
         node.table.leave()
         node.links.send_heartbeats([address for _, address in node.table.active()], [], self.now)
         self.at(self.now, node, lambda: None)

@@ -18,17 +18,17 @@ def test_the_heir_is_who_started_last_of_those_heard_directly():
     hears(node, A, AT_A, {}, beat=900)
     hears(node, B, AT_B, {}, beat=30)
     node.gossip.swept([], [], 0.0)
-    assert node.gossip.end() == B
+    assert node.gossip.leaving.end() == B
     assert node.counter.delta(ME, 1, 0.0).heir == B
 
 
 def test_a_node_without_peers_or_counts_has_no_heir():
     alone, empty = Half(), Half()
     alone.counter.increment("x")
-    assert alone.gossip.end() is None
+    assert alone.gossip.leaving.end() is None
     alone.counter.increment("x")
     hears(empty, A, AT_A, {})
-    assert empty.gossip.end() is None
+    assert empty.gossip.leaving.end() is None
 
 
 def test_there_is_no_heir_while_an_older_node_is_active():
@@ -36,9 +36,9 @@ def test_there_is_no_heir_while_an_older_node_is_active():
     node.counter.increment("x")
     hears(node, A, AT_A, {})
     hears(node, B, AT_B, {}, v=wire.ABSORBING - 1)
-    assert node.gossip.end() is None
+    assert node.gossip.leaving.end() is None
     hears(node, B, AT_B, {}, beat=2)
-    assert node.gossip.end() in (A, B)
+    assert node.gossip.leaving.end() in (A, B)
 
 
 def test_a_replica_is_absorbed_once_it_is_gone():

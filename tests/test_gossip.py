@@ -527,7 +527,7 @@ def test_draining_ends_when_all_have_confirmed_all_and_know_of_the_leaving():
     link = node.meet()
     node.counter.increment("x")
     drained = []
-    thread = threading.Thread(target=lambda: drained.append(node.gossip.drain(time.monotonic, 20)))
+    thread = threading.Thread(target=lambda: drained.append(node.gossip.leaving.drain(time.monotonic, 20)))
     thread.start()
     while thread.is_alive():
         if taken := node.links.take(time.monotonic()):
@@ -587,7 +587,7 @@ def test_draining_hands_over_to_the_successor_of_a_peer():
     node.counter.increment("x")
     node.meet(applied={ME: 1})
     drained = []
-    thread = threading.Thread(target=lambda: drained.append(node.gossip.drain(time.monotonic, 20)))
+    thread = threading.Thread(target=lambda: drained.append(node.gossip.leaving.drain(time.monotonic, 20)))
     thread.start()
     while thread.is_alive():
         if taken := node.links.take(time.monotonic()):
@@ -601,7 +601,7 @@ def test_draining_tells_who_joins_meanwhile():
     node, peers = Half(), {AT_A: Half(A, AT_A), AT_B: Half(B, AT_B)}
     node.meet()
     drained = []
-    thread = threading.Thread(target=lambda: drained.append(node.gossip.drain(time.monotonic, 20)))
+    thread = threading.Thread(target=lambda: drained.append(node.gossip.leaving.drain(time.monotonic, 20)))
     thread.start()
     wait_until(lambda: node.links.next_due(0.0) < NEVER)
     peers[AT_B].links.compare_soon([AT_ME], 0.0)
@@ -616,7 +616,7 @@ def test_draining_tells_who_joins_meanwhile():
 def test_draining_gives_up_after_its_timeout():
     node = Half()
     node.meet()
-    assert node.gossip.drain(time.monotonic, 0.01) == (False, 0)
+    assert node.gossip.leaving.drain(time.monotonic, 0.01) == (False, 0)
 
 
 def calls(beat, applied):
@@ -640,7 +640,7 @@ def test_draining_hands_over_to_a_peer_that_calls_and_cannot_be_dialled():
     node.hear(calls(1, {}), 0.0)
     node.counter.increment("x")
     drained = []
-    thread = threading.Thread(target=lambda: drained.append(node.gossip.drain(time.monotonic, 20)))
+    thread = threading.Thread(target=lambda: drained.append(node.gossip.leaving.drain(time.monotonic, 20)))
     thread.start()
     node.links.failed(wait_until(lambda: node.links.take(time.monotonic())), OSError("no route"), time.monotonic())
     reply = node.hear(calls(2, {}), 1.0)
@@ -664,7 +664,7 @@ def test_draining_hands_over_to_peers_that_are_lost_where_none_is_active():
     lose(node, A)
     node.counter.increment("x")
     drained, now = [], 100.0
-    thread = threading.Thread(target=lambda: drained.append(node.gossip.drain(time.monotonic, 20)))
+    thread = threading.Thread(target=lambda: drained.append(node.gossip.leaving.drain(time.monotonic, 20)))
     thread.start()
     link = wait_until(lambda: node.links.take(time.monotonic()))
     node.links.failed(link, OSError("no route"), time.monotonic())
@@ -681,13 +681,13 @@ def test_draining_says_how_many_increments_nobody_is_known_to_hold():
     node.counter.merge(Delta(B, 0, 3, {"x": (3, 3)}), 0.0)
     node.counter.increment("x")
     lose(node, A)
-    assert node.gossip.drain(time.monotonic, 0.01) == (False, 2)
+    assert node.gossip.leaving.drain(time.monotonic, 0.01) == (False, 2)
 
 
 def test_draining_alone_ends_at_once():
     node = Half()
     node.counter.increment("x")
-    assert node.gossip.drain(time.monotonic, 60) == (True, 1)
+    assert node.gossip.leaving.drain(time.monotonic, 60) == (True, 1)
 
 
 # Messages are for one process, and once.
