@@ -500,6 +500,19 @@ def test_as_many_clients_are_served_as_there_may_be_open_files(start_node, limit
         assert "no connection can be accepted" not in node.stderr()
 
 
+def test_keys_that_expired_while_a_node_was_stopped_count_again(start_cluster):
+    """The node hears late of their first uses, and must not take them and the second ones for the same requests."""
+    a, b, stopped = start_cluster(3, "--idempotency-window", "1")
+    stopped.send_signal(signal.SIGSTOP)
+    keys = [{"Idempotency-Key": f"key-{number}"} for number in range(5)]
+    for key in keys:
+        a.increment(headers=key)
+    for key in keys:
+        wait_until(lambda key=key: "Idempotent-Replayed" not in a.ask("POST", "/increment", headers=key).headers)
+    stopped.send_signal(signal.SIGCONT)
+    all_count(10, a, b, stopped)
+
+
 def test_no_warning_from_start_to_stop(start_cluster, monkeypatch):
     """In Python's development mode, with warnings as errors, nodes start, count and stop without any."""
     monkeypatch.setenv("PYTHONDEVMODE", "1")
