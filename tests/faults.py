@@ -116,8 +116,9 @@ class ProxiedRequest(BaseHTTPRequestHandler):
         answer = self._damaged(answer)
         self.send_response(status)
         for name, value in headers:
-            if name.lower() not in ("date", "server", "connection"):
+            if name.lower() not in ("date", "server", "connection", "content-length", "transfer-encoding"):
                 self.send_header(name, value)
+        self.send_header("Content-Length", str(len(answer)))  # an answer in chunks is whole here
         self.end_headers()
         self.wfile.write(answer)
 
