@@ -141,9 +141,9 @@ class Store:
         while self._wait():
             try:
                 self._commit()
-            except Exception as error:
+            except Exception as error:  # the thread must not end: it would do so in silence
                 if not isinstance(error, (sqlite3.Error, OSError, DataFileError)):
-                    log.exception("a bug: saving failed")  # the thread must not end: it would do so in silence
+                    log.exception("a bug: saving failed")
                 self._failed(error)
         self._close()
 
