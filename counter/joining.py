@@ -35,7 +35,7 @@ class Joining:
 
     def __init__(self, has_seeds, timeout_s, lacks=lacks):
         self._timeout_s, self._lacks = timeout_s, lacks
-        # Guards everything below.  Held for dictionary work only; that of the counter may be taken meanwhile.
+        # Guards everything below.  Held for dictionary work only, never together with another.
         self._lock = threading.Lock()
         self._goals = {}  # id of a peer -> _Goal
         self._began_at = None
@@ -49,10 +49,14 @@ class Joining:
                 return
             goal = self._goals.get(peer)
             if goal is None or (is_ready and not goal.is_ready):
-                goal = self._goals[peer] = _Goal(vector, is_ready)
-            self.ready = self._is_reached_locked(goal, mine) and goal.is_ready
-        if self.ready:
-            log.info("ready: caught up with id=%s", peer)
+                self._goals[peer] = _Goal(vector, is_ready)
+        self._compare(mine, [peer])
+        with self._lock:
+            goal = self._goals[peer]
+            if self.ready or not goal.is_ready or goal.vector is not None:
+                return
+            self.ready = True
+        log.info("ready: caught up with id=%s", peer)
 
     def look(self, now, own, mine, present, refusals):
         """Find out whether this node, with the id `own` and the vector `mine`, is ready or what it waits for.
@@ -60,12 +64,13 @@ class Joining:
         `present` are the ids of the peers that anybody has heard of lately, `refusals` is {address of
         a seed that refuses this node: why}.
         """
+        self._compare(mine)
         with self._lock:
             if self.ready:
                 return
             if self._began_at is None:
                 self._began_at = now
-            behind = [peer for peer, goal in self._goals.items() if not self._is_reached_locked(goal, mine)]
+            behind = [peer for peer, goal in self._goals.items() if goal.vector is not None]
             untold = [peer for peer in present if peer not in self._goals]
             before = self.waits_for
             if any(goal.is_ready for peer, goal in self._goals.items() if peer not in behind):
@@ -91,7 +96,13 @@ class Joining:
         else:
             log.info("ready alone: no seed has answered")
 
-    def _is_reached_locked(self, goal, mine):
-        if goal.vector is not None and not self._lacks(mine, goal.vector):
-            goal.vector = None
-        return goal.vector is None
+    def _compare(self, mine, peers=None):
+        """Take note of the goals that the vector of this node has reached, of some peers or of all."""
+        with self._lock:
+            goals = {peer: self._goals[peer].vector for peer in (self._goals if peers is None else peers)}
+        wanted = {peer: vector for peer, vector in goals.items() if vector is not None}
+        reached = [peer for peer, vector in wanted.items() if not self._lacks(mine, vector)]
+        with self._lock:
+            for peer in reached:
+                if self._goals[peer].vector is wanted[peer]:  # else it has said anew what it holds
+                    self._goals[peer].vector = None

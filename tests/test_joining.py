@@ -27,6 +27,20 @@ def test_a_node_without_seeds_is_ready_at_once():
     assert Joining(False, TIMEOUT_S).ready
 
 
+def test_vectors_are_compared_without_its_lock():
+    """Comparing may take the lock of the counter, and no two locks are held together."""
+    held = []
+
+    def lacks(_mine, _vector):
+        held.append(joining._lock.locked())
+        return True
+
+    joining = Joining(True, TIMEOUT_S, lacks)
+    joining.heard(A, True, {A: 1}, {})
+    look(joining, 1.0)
+    assert held == [False, False]
+
+
 def test_a_node_is_ready_once_it_has_caught_up_with_a_peer_that_is_ready(joining):
     joining.heard(A, True, {B: 5}, {})
     assert not joining.ready
