@@ -28,25 +28,30 @@ PIECE = 500  # rows written by one statement: no other Python thread runs while 
 LOG_SIZE = 16 * 2**20  # bytes to which SQLite cuts its log back after a large transaction
 BUSY_S = 5.0  # how long to wait for another program that has the file locked
 
-SCHEMA = (
+_ENTRY = (
+    # total has no type: it may pass 64 bits, is text then, and would be a float in an INTEGER column
+    "CREATE TABLE entry(replica INTEGER, name TEXT, sequence INTEGER, total, crc INTEGER,{}"
+    " PRIMARY KEY(replica, name)) WITHOUT ROWID"
+)
+_ALWAYS = (
     "CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
     # requires: JSON, of a cancellation only; checksum: the sum of `crc` over its entries and keys, modulo 2^32
     "CREATE TABLE replica(number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, applied INTEGER NOT NULL,"
     " requires TEXT, checksum INTEGER NOT NULL, crc INTEGER NOT NULL)",
-    # total has no type: it may pass 64 bits, is text then, and would be a float in an INTEGER column
-    # ends: of a window, from when on it is not kept, in seconds since 1970
-    "CREATE TABLE entry(replica INTEGER, name TEXT, sequence INTEGER, total, crc INTEGER, ends INTEGER,"
-    " PRIMARY KEY(replica, name)) WITHOUT ROWID",
-    "CREATE INDEX ending ON entry(ends) WHERE ends IS NOT NULL",
     # at: milliseconds since 1970; renews: JSON, the dots that a use renews, or null
     "CREATE TABLE accepted(replica INTEGER, sequence INTEGER, digest TEXT, name TEXT, amount INTEGER,"
     " at INTEGER, renews TEXT, crc INTEGER, PRIMARY KEY(replica, sequence)) WITHOUT ROWID",
 )
-ADDED = (  # by format 2: replicas that have ended, and of each replica those that were absorbed into its history
+_ADDED = (  # by format 2
+    # ends: of a window, from when on it is not kept, in seconds since 1970
+    "CREATE INDEX ending ON entry(ends) WHERE ends IS NOT NULL",
+    # Replicas that have ended, and of each replica those that were absorbed into its history.
     "CREATE TABLE heir(replica INTEGER PRIMARY KEY, id TEXT NOT NULL)",
     "CREATE TABLE absorbed(replica INTEGER, id TEXT UNIQUE, final INTEGER, absorber TEXT, at INTEGER,"
     " sequence INTEGER, crc INTEGER, PRIMARY KEY(replica, id)) WITHOUT ROWID",
 )
+SCHEMAS = {1: (*_ALWAYS, _ENTRY.format("")), FORMAT: (*_ALWAYS, _ENTRY.format(" ends INTEGER,"), *_ADDED)}
+UPGRADE = ("ALTER TABLE entry ADD COLUMN ends INTEGER", *_ADDED)  # from format 1
 
 
 class DataFileError(Exception):
@@ -137,13 +142,18 @@ def connect(path, options):
     return db
 
 
+def _spelled(statements):
+    """Return statements in one spelling: versions of SQLite may set other spaces where a column was added."""
+    return sorted("".join(statement.split()) for statement in statements)
+
+
 def check(db, path, cluster):
     """Return (cluster, format) of a data file; DataFileError unless it is of that cluster, where None is any."""
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > FORMAT:
         raise DataFileError(path, f"has format {version}, of a newer version; this one knows {FORMAT}", status=2)
-    found = sorted(sql for (sql,) in db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"))
-    if version < 1 or found != sorted(SCHEMA if version == 1 else SCHEMA + ADDED):
+    found = (sql for (sql,) in db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"))
+    if _spelled(found) != _spelled(SCHEMAS.get(version, ())):
         raise damaged(path, "its tables are not as they were made")
     (row,) = db.execute("SELECT value FROM meta WHERE key = 'cluster'").fetchall() or [(None,)]
     if cluster is not None and row[0] != cluster:
@@ -190,7 +200,7 @@ def create(path, cluster):
         db.execute("BEGIN")
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {FORMAT}")
-        for statement in SCHEMA + ADDED:
+        for statement in SCHEMAS[FORMAT]:
             db.execute(statement)
         db.execute("INSERT INTO meta VALUES ('cluster', ?)", (cluster,))
         db.execute("COMMIT")
@@ -275,8 +285,9 @@ class Reader:
     def _totals(self, number, id):
         """Return {name: (sequence, total)} of a replica, and the sum of the checksums."""
         totals, seed, sum = {}, seed_crc(id), 0
+        column = "ends" if self._format > 1 else "NULL"
         for name, sequence, total, crc, ends in self._db.execute(
-            "SELECT name, sequence, total, crc, ends FROM entry WHERE replica = ?", (number,)
+            f"SELECT name, sequence, total, crc, {column} FROM entry WHERE replica = ?", (number,)
         ):
             if crc != entry_crc(seed, name, sequence, total) or ends != ends_at(name):
                 raise ValueError(f"entry {name!r} of replica {id!r}")

@@ -89,7 +89,7 @@ class Writer:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             if self._db.execute("PRAGMA user_version").fetchone() == (1,):  # no other process has done it meanwhile
-                for statement in datafile.ADDED:
+                for statement in datafile.UPGRADE:
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {datafile.FORMAT}")
             self._db.execute("COMMIT")

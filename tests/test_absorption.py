@@ -1,5 +1,6 @@
 """What is left of a replica that ended: wills, absorption, and that neither ever makes a count wrong."""
 
+import contextlib
 import json
 import sqlite3
 import tracemalloc
@@ -399,15 +400,31 @@ def read_with(db, path):
     return list(reader.deltas(0))
 
 
+FORMAT_1 = """\
+CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
+CREATE TABLE replica(number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, applied INTEGER NOT NULL,\
+ requires TEXT, checksum INTEGER NOT NULL, crc INTEGER NOT NULL);
+CREATE TABLE entry(replica INTEGER, name TEXT, sequence INTEGER, total, crc INTEGER,\
+ PRIMARY KEY(replica, name)) WITHOUT ROWID;
+CREATE TABLE accepted(replica INTEGER, sequence INTEGER, digest TEXT, name TEXT, amount INTEGER,\
+ at INTEGER, renews TEXT, crc INTEGER, PRIMARY KEY(replica, sequence)) WITHOUT ROWID;
+ATTACH ? AS present;
+INSERT INTO meta SELECT * FROM present.meta;
+INSERT INTO replica SELECT * FROM present.replica;
+INSERT INTO entry SELECT replica, name, sequence, total, crc FROM present.entry;
+INSERT INTO accepted SELECT * FROM present.accepted"""
+
+
 def old_file(path, counter):
-    """Make a data file as version 1 of the format has it."""
-    writer = Writer(path, "counter")
-    writer.save(counter.deltas({}, ALL, 0), 0)
-    writer.close()
-    db = sqlite3.connect(path, isolation_level=None)
-    for statement in ("DROP TABLE heir", "DROP TABLE absorbed", "PRAGMA user_version = 1"):
-        db.execute(statement)
-    db.close()
+    """Make a data file as nodes made it that knew format 1."""
+    present = f"{path}-present"
+    with contextlib.closing(Writer(present, "counter")) as writer:
+        writer.save(counter.deltas({}, ALL, 0), 0)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute(f"PRAGMA application_id = {datafile.APPLICATION_ID}")
+        db.execute("PRAGMA user_version = 1")
+        for statement in FORMAT_1.split(";\n"):
+            db.execute(statement, (present,) * statement.count("?"))
 
 
 def test_a_file_of_the_format_before_is_read_and_becomes_one_of_this(path):
