@@ -162,9 +162,7 @@ class PeerTable:
 
     def present(self):
         """Return the ids of the active and unverified peers, except those that claim this node's address."""
-        with self._lock:
-            peers = self._roster.peers.values()
-            return [peer.id for peer in peers if peer.state != LOST and peer.address != self._address]
+        return list(self.others()[0])
 
     def others(self):
         """Return ({id: address} of the active and unverified peers, addresses of the lost), as present() has them."""

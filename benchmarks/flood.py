@@ -68,7 +68,7 @@ def flood(port, sends, rate, made):
             made.value += 1
         while len(held) > HELD_MAX:
             held.popleft().close()
-        time.sleep(0.005)
+        time.sleep(0.005)  # sets the pace: what is due by then is opened next
 
 
 class Watch(threading.Thread):

@@ -155,7 +155,7 @@ def run_stall(windows):
                 ending.join()
                 assert node.counter.held_windows == 0
             else:
-                time.sleep(1)
+                time.sleep(1)  # reads with nothing else going on
             took_s = time.perf_counter() - end_s
             times = sorted(reader.stop())
             p99 = times[len(times) * 99 // 100]
