@@ -4,8 +4,8 @@
     python benchmarks/windows.py --stall          100,000 windows that end at once, while clients read
 
 The day passes on a virtual clock, minute by minute.  Every minute each node counts each series once, by random
-amounts, and merges what the other counted; one node writes its file.  After each hour every window of some
-series is compared with what was counted, at both nodes, and so are entries, numbers and the size of the file.
+amounts, and merges what the other counted; one node writes its file.  After each hour every window of every
+series is compared with what was counted, at both nodes.
 """
 
 import argparse
@@ -17,16 +17,19 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from counter import Counter
 from counter.datawriter import Writer
+from counter.state import ENDED_MIN
 from counter.windows import GRACE_S, parse_series
 
 EPOCH_S = 1_765_843_200.0  # 2025-12-16T00:00:00Z
 A, B = "aaaaaaaa-aaaa-8aaa", "bbbbbbbb-bbbb-8bbb"
 MIB = 2**20
+SWEEP_S = 20  # between two times that a node looks what has ended
 
 
 class Day:
@@ -38,41 +41,46 @@ class Day:
         self._keep = keep
         self.counters = [Counter(replica, wall=lambda: EPOCH_S + self.now) for replica in (A, B)]
         self._writer = Writer(path, "counter", fsync=False)
-        self._counted = {name: [] for name in self._names[:: max(1, series // 20)]}  # of these, amounts by minute
+        self._counted = {name: deque([0] * keep, maxlen=keep) for name in self._names}  # the amounts of past minutes
 
     def close(self):
         self._writer.close()
 
     def minute(self):
         """Count for a minute, at both nodes; then let them exchange what they counted, save it, and drop what ended."""
-        sums = dict.fromkeys(self._counted, 0)
-        for counter in self.counters:
-            for start in range(0, len(self._names), 1000):
-                amounts = {name: self._rng.randint(1, 9) for name in self._names[start : start + 1000]}
+        for start in range(0, len(self._names), 1000):
+            names = self._names[start : start + 1000]
+            here, there = ({name: self._rng.randint(1, 9) for name in names} for _ in self.counters)
+            for counter, amounts in zip(self.counters, (here, there), strict=True):
                 counter.increment_many(amounts)
-                for name in sums:
-                    sums[name] += amounts.get(name, 0)
-        for name, amount in sums.items():
-            self._counted[name].append(amount)
+            for name in names:
+                self._counted[name].append(here[name] + there[name])
         one, other = self.counters
         for sender, receiver in ((one, other), (other, one)):
             for delta in sender.deltas(receiver.vector(), float("inf"), self.now):
                 receiver.merge(delta, self.now)
         self._writer.save(one.deltas(self._writer.vector, float("inf"), self.now), EPOCH_S + self.now)
-        for _ in range(60):
-            self.now += 1
-            if self.now % 20 == 0:
-                for counter in self.counters:
-                    counter.expire(self.now)
-        while self._writer.end_windows(one.horizon):
+        self._pass(60)
+
+    def end(self):
+        """Let the time pass until all windows have ended, and nodes have dropped them; they do so in portions."""
+        self.now += (self._keep + 2) * 60
+        sweeps = GRACE_S // SWEEP_S + len(self._names) * self._keep // ENDED_MIN + 2
+        self._pass(int(sweeps) * SWEEP_S)
+
+    def _pass(self, seconds):
+        for _ in range(0, seconds, SWEEP_S):
+            self.now += SWEEP_S
+            for counter in self.counters:
+                counter.expire(self.now)
+        while self._writer.end_windows(self.counters[0].horizon):
             pass
 
     def check(self):
         """Return how many windows were compared with what was counted; AssertionError if one is wrong."""
         compared = 0
         for name, minutes in self._counted.items():
-            # The present window is new, and nothing is counted in it yet.
-            expected = [0] * (self._keep - len(minutes)) + minutes[-self._keep :] + [0]
+            expected = [*minutes, 0]  # the present window is new, and nothing is counted in it yet
             for counter in self.counters:
                 found = [count for _, count in counter.windows(name, self._keep + 1)]
                 assert found == expected, f"{name} at {self.now}: {found} instead of {expected}"
@@ -104,13 +112,7 @@ def run_day(hours, series, keep, seed=1):
                 f" {compared:,} counts right, {time.perf_counter() - began:.0f} s",
                 flush=True,
             )
-        day.now += (keep + 2) * 60
-        for _ in range(int(GRACE_S) + 1):
-            day.now += 1
-            for counter in day.counters:
-                counter.expire(day.now)
-        while day._writer.end_windows(day.counters[0].horizon):
-            pass
+        day.end()
         left = [counter.held_windows for counter in day.counters]
         (entries,) = day._writer._db.execute("SELECT count(*) FROM entry").fetchone()
         print(f"after the end of all: {left} windows, {entries} entries in the file", flush=True)

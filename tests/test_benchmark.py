@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -75,6 +76,20 @@ def test_fresh_reads_are_never_stale():
     first, second = result.stdout.splitlines()
     assert first.startswith("fresh=true: 40 reads, 0 stale, p50 ")
     assert second.startswith("fresh=false: 40 reads, ")
+
+
+def test_a_day_of_windows_is_counted_right():
+    """What is held does not grow once windows end, and nothing is left in the end."""
+    command = [sys.executable, PROJECT / "benchmarks" / "windows.py", "--hours", "2", "--series", "100"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+    first, second, last = result.stdout.splitlines()
+    held = "windows", "numbers", "rows"
+    for line, most in (first, 6000), (second, 6200):
+        figures = {what: int(number.replace(",", "")) for number, what in re.findall(r"(\d[\d,]*) (\w+)", line)}
+        assert all(6000 <= figures[what] <= most for what in held), line
+        assert "12,200 counts right" in line
+    assert last == "after the end of all: [0, 0] windows, 0 entries in the file"
 
 
 def test_a_node_joins_over_a_narrow_link():
