@@ -99,7 +99,7 @@ class Gossip:
             # After a failure it is enough to find out what the peer holds: it may have arrived.
             deltas = self._deltas(self._table.v_of(to), known, now) if known is not None and not link.failures else []
             deltas = self._confirmations.requested(to, deltas, now)
-            summary = _summary(vector, link.listed) if self._table.v_of(to) >= SUMMARIES_SINCE else None
+            summary = _summary(vector, known, link.listed) if self._table.v_of(to) >= SUMMARIES_SINCE else None
             return Message(sender, view, vector, summary, None, deltas, to=to, number=number, clock=now)
         delta = self._counter.delta(replica, known.get(replica, 0), now)
         deltas = self._confirmations.requested(to, [delta], now) if delta else []
@@ -233,7 +233,7 @@ class Gossip:
             sender = self._leaving_sender(message.sender, sender, shown is None or deltas)
         summary = None
         if message.summary is not None:
-            summary = mine.summary(message.summary.recent if shown is None else mine.differing(shown))
+            summary = _summary(mine, shown, message.summary.recent if shown is None else mine.differing(shown))
         return Message(sender, view, mine, summary, confirms, deltas, refused, clock=now)
 
     def _with_absorbed(self, peer, shown, mine):
@@ -319,9 +319,14 @@ class Gossip:
         self.freshness.stop()
 
 
-def _summary(vector, listed):
-    """Return the summary of a vector with the entries of some replicas, or of all if `listed` is None."""
-    return vector.listing() if listed is None else vector.summary(listed)
+def _summary(vector, known, listed):
+    """Return the summary of a vector for a peer that is known to hold the vector `known`, or None.
+
+    It has the entries of the replicas `listed`, or of all if that is None; but none if the peer holds the same.
+    """
+    if listed is None:
+        return vector.listing()
+    return vector.digest() if known == vector else vector.summary(listed)
 
 
 def _shown(message, reference):

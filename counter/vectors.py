@@ -15,6 +15,7 @@ from array import array
 from bisect import bisect_left
 from collections import namedtuple
 from collections.abc import Mapping
+from functools import lru_cache
 
 from counter.ids import replica_bits, replica_of
 
@@ -35,11 +36,11 @@ def lacks(vector, other):
 class Vector(Mapping):
     """A version vector that never changes.  `recent` takes precedence over `settled`; 0 is an entry that is gone."""
 
-    __slots__ = ("_hash", "_recent", "_settled")
+    __slots__ = ("_digest", "_recent", "_settled")
 
     def __init__(self, recent, settled=None):
         self._recent, self._settled = recent, settled or NOTHING
-        self._hash = None  # of all entries, once it is needed
+        self._digest = None  # once it is needed
 
     @classmethod
     def of(cls, entries):
@@ -79,8 +80,10 @@ class Vector(Mapping):
 
     def differing(self, other):
         """Return the replicas whose entries differ, a set.  That is quick where the settled parts are the same."""
+        if self is other:
+            return set()
         other = Vector.of(other)
-        replicas = self._recent.keys() | other._recent.keys()
+        replicas = {replica for replica, _ in self._recent.items() ^ other._recent.items()}
         if self._settled is not other._settled:
             replicas |= self._settled.differing(other._settled)
         return {replica for replica in replicas if self.get(replica) != other.get(replica)}
@@ -94,8 +97,14 @@ class Vector(Mapping):
 
     def summary(self, listed=()):
         """Return the Summary that lists the recent entries and those of some more replicas."""
-        recent = {replica: self.get(replica) for replica in {*self._recent, *listed}}
+        recent = self._recent | {replica: self.get(replica) for replica in listed}
         return Summary(self._hash_without(recent), recent)
+
+    def digest(self):
+        """Return the Summary that lists nothing: enough for a peer that holds the same."""
+        if self._digest is None:
+            self._digest = Summary(self._hash_without(()), {})
+        return self._digest
 
     def listing(self):
         """Return the Summary that lists all entries."""
@@ -105,17 +114,16 @@ class Vector(Mapping):
         """Return the vector that a Summary is of; None if its other entries are not the same as here."""
         if not summary.rest:
             return Vector(summary.recent)
+        if not summary.recent:
+            return self if summary == self.digest() else None
         same = self._hash_without(summary.recent) == summary.rest
         return self.updated(summary.recent) if same else None
 
     def _hash_without(self, replicas):
         """Return the hash of the entries of all replicas but these."""
-        if self._hash is None:
-            self._hash = self._settled.hash + sum(
-                _hash(replica, sequence) - _hash(replica, self._settled.get(replica))
-                for replica, sequence in self._recent.items()
-            )
-        return (self._hash - sum(_hash(replica, self.get(replica)) for replica in replicas)) % 2**HASH_BITS
+        rest = self._recent.keys() - replicas
+        hash = self._settled.hash + sum(_hash(replica, self._recent[replica]) for replica in rest)
+        return (hash - self._settled.hash_of(*rest, *replicas)) % 2**HASH_BITS
 
 
 class _Settled:
@@ -142,6 +150,10 @@ class _Settled:
         bits = replica_bits(replica)
         place = bisect_left(self._bits, bits)
         return self._sequences[place] if place < len(self._bits) and self._bits[place] == bits else 0
+
+    def hash_of(self, *replicas):
+        """Return the hash of the entries of some replicas."""
+        return sum(_hash(replica, self.get(replica)) for replica in replicas) if self._bits else 0
 
     def updated(self, entries):
         """Return these entries with others for some replicas, {replica: sequence}; 0 drops one."""
@@ -202,6 +214,7 @@ class Changes:
             self._settled = self._settled.updated({replica: held(replica) for replica in quiet})
 
 
+@lru_cache(4096)
 def _hash(replica, sequence):
     """Return the hash of an entry as a number; that of one that is not held is 0."""
     if not sequence:

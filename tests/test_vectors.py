@@ -58,6 +58,8 @@ def test_a_summary_tells_the_whole_vector_where_the_rest_is_the_same(seed):
     assert before.completed(after.summary(listed)) == after
     assert after.completed(before.summary(listed)) == before
     assert before.completed(after.listing()) == after
+    assert before.completed(after.digest()) == (None if listed else after)
+    assert after.digest() == a_vector(rng, dict(after)).digest() == Summary(after.digest().rest, {})
     for summary in (after.summary(), after.summary(rng.sample(sorted(entries), 3))):
         found = before.completed(summary)
         assert (found is None) == (not listed <= summary.recent.keys() and bool(summary.rest))
@@ -163,6 +165,21 @@ def test_heartbeats_do_not_grow_with_the_past(counting):
         assert one.counter.vector() == other.counter.vector()
     assert sizes[0] == sizes[1]
     assert max(sizes[1]) < 1000
+
+
+def test_heartbeats_of_nodes_that_hold_the_same_list_nothing():
+    """However many replicas have counted lately."""
+    one, other = Half(ME, AT_ME), Half(A, AT_A)
+    for node in (one, other):
+        for replica in PAST[:100]:
+            node.counter.merge(Delta(replica, 0, 1, {"x": (1, 1)}), 100.0)
+    heartbeats(one, other, 100.0, 2)
+    assert len(one.counter.vector().summary().recent) == 100
+    assert max(heartbeats(one, other, 110.0, 2)) < 1000
+    one.counter.increment("x")
+    assert max(heartbeats(one, other, 120.0)) > 23 * 100
+    assert one.counter.vector() == other.counter.vector()
+    assert max(heartbeats(one, other, 130.0, 2)) < 1000
 
 
 def test_a_heartbeat_hashes_what_changed_lately_alone(monkeypatch):
