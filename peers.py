@@ -14,32 +14,24 @@ that grows with log N to reach everyone, so the failure timeout grows with it, a
 been silent for half of it is asked directly.  benchmarks/simulate.py measures all this.
 """
 
-import itertools
 import logging
 import random
 import threading
 import time
-from collections import deque, namedtuple
-from operator import attrgetter
+from collections import namedtuple
 
-from counter import __version__
 from counter.detector import Detector
+from counter.own import Own
 from counter.probing import Seeds
 from counter.roster import ACTIVE, FORGOTTEN, LOST, UNVERIFIED, Roster
-from counter.wire import BEAT_MAX, Sender, View
+from counter.views import Views
 
 log = logging.getLogger("counter.peers")
 
-# Peers in a message: the latest contacts, and all others in turn.  The chance of a false removal falls
-# exponentially with this number: at 1,000 nodes with 10 % loss, 192 caused one in 10 minutes.
-VIEW_MAX = 256
-RECENT_MAX = 32  # of these, recent contacts: their beats are news to most other nodes
 DEPARTURE_TIMEOUTS = 10  # how long a departure is passed on, in peer timeouts
 CONFLICT = "advertises this node's address"  # a Change, as for two nodes behind one load balancer
-SKEW_MAX_S = 1.0  # between wall clocks; more is reported
 CONFLICT_REPORT_S = 600.0  # between two reports of that
 NEVER = float("inf")
-_ENTRY = attrgetter("entry")
 
 Sweep = namedtuple("Sweep", "contact seeds changes")  # addresses, names to resolve, [Change]
 Change = namedtuple("Change", "what id address")
@@ -68,70 +60,49 @@ class PeerTable:
         self._fanout, self._rng, self._wall = fanout, rng, wall
         # Guards everything below.  Held for dictionary work only, never together with another.
         self._lock = threading.Lock()
-        self._id, self._address, self._beat = replica, address, 0
-        self._leaving = self._ready = False
+        self._own = Own(replica, address)
         self._roster = Roster()
         self._detector = Detector(self._roster, heartbeat_interval_s, peer_timeout_s, fanout, rng)
-        self._shown = 0  # the index in roster.active at which the next view goes on
-        self._recent_contacts = deque(maxlen=RECENT_MAX)  # peers that were heard directly, the latest last
-        self._departures = {}  # id -> (its last beat, until when to pass on that it left)
+        self._views = Views()
         self._seeds = Seeds(seeds)
         self._conflict_reported_at = -NEVER
 
     @property
     def address(self):
-        return self._address
+        return self._own.address
 
     def advertise(self, address):
         """Set the address under which this node can be reached, unless it is known already."""
         with self._lock:
-            self._address = self._address or address
+            self._own.address = self._own.address or address
 
     def rename(self, replica):
         """Take a new replica id; another node may go on under the old one, and is then a peer."""
         with self._lock:
-            if replica != self._id:
-                self._roster.bury(self._id, self._beat)
-                self._id = replica
+            if replica != self._own.id:
+                self._roster.bury(self._own.id, self._own.beat)
+                self._own.id = replica
 
     def become_ready(self):
         """Announce in every message from now on that this node is ready."""
         with self._lock:
-            self._ready = True
+            self._own.ready = True
 
     def leave(self):
         """Announce in every message from now on that this node is leaving."""
         with self._lock:
-            self._leaving = True
-            self._beat += 1
+            self._own.leaving = True
+            self._own.beat += 1
 
     def describe(self):
         """Return what a message says of this node and of its peers: (Sender, View)."""
         with self._lock:
-            newest = itertools.islice(reversed(self._departures.items()), VIEW_MAX)
-            return self._sender_locked(), View(self._shown_locked(), [(id, beat) for id, (beat, _) in newest])
+            return self._own.sender(self._wall()), self._views.view(self._roster.active)
 
     def sender(self):
         """Return what a message says of this node alone, as a Sender."""
         with self._lock:
-            return self._sender_locked()
-
-    def _sender_locked(self):
-        return Sender(self._id, self._address, self._beat, self._leaving, __version__, self._ready, wall=self._wall())
-
-    def _shown_locked(self):
-        """Return what a message says of the active peers: of all, or of some.
-
-        They take turns, so each is shown about every N / VIEW_MAX messages.  Recent contacts are always
-        included, since their beats are the freshest: gossip then needs half as many messages.
-        """
-        active = self._roster.active
-        if len(active) <= VIEW_MAX:
-            return list(map(_ENTRY, active))
-        recent = [peer.entry for peer in self._recent_contacts if peer.state == ACTIVE]
-        start = self._shown if self._shown < len(active) else 0
-        self._shown = start + VIEW_MAX - len(recent)
-        return recent + list(map(_ENTRY, active[start : self._shown]))
+            return self._own.sender(self._wall())
 
     def id_at(self, address):
         """Return the id that answers at an address, as far as is known, or None."""
@@ -167,14 +138,14 @@ class PeerTable:
     def others(self):
         """Return ({id: address} of the active and unverified peers, addresses of the lost), as present() has them."""
         with self._lock:
-            peers = [peer for peer in self._roster.peers.values() if peer.address != self._address]
+            peers = [peer for peer in self._roster.peers.values() if peer.address != self._own.address]
         present = {peer.id: peer.address for peer in peers if peer.state != LOST}
         return present, [peer.address for peer in peers if peer.state == LOST]
 
     @property
     def is_ready(self):
         """Whether this node has announced that it is ready."""
-        return self._ready
+        return self._own.ready
 
     def seed_addresses(self):
         """Return all addresses that the seeds last resolved to."""
@@ -207,18 +178,13 @@ class PeerTable:
         """Take note of how wall clocks differ, given the Senders of a request and its answer, and how long that took.
 
         Return by how many seconds the peer's is ahead for certain, below 0 if it is behind, if that has come to
-        be more than SKEW_MAX_S; else None.
+        be more than roster.SKEW_MAX_S; else None.
         """
         if asking.wall is None or answering.wall is None:
             return None
-        skew_s = answering.wall - asking.wall - took_s / 2
         with self._lock:
             peer = self._roster.peers.get(answering.id)
-            if peer is None:
-                return None
-            before, peer.skew_s = peer.skew_s, skew_s
-        room_s = SKEW_MAX_S + took_s / 2  # the answer may have taken all of the time, or none
-        return skew_s if abs(skew_s) > room_s and (before is None or abs(before) <= SKEW_MAX_S) else None
+            return peer and peer.compare_clock(answering.wall - asking.wall, took_s)
 
     def resolved(self, name, addresses):
         """Record what a seed's name resolves to; return which of these addresses to contact."""
@@ -226,27 +192,26 @@ class PeerTable:
             self._seeds.resolved(name, addresses)
             # An address where this node answered, or a peer that advertises another one, may be a load
             # balancer's: a different node may answer there now.
-            return [a for a in addresses if a != self._address and not self._roster.has_active(a)]
+            return [a for a in addresses if a != self._own.address and not self._roster.has_active(a)]
 
     # Once an interval.
 
     def sweep(self, now):
         """Raise the beat, drop failed peers, and return whom to contact now, as a Sweep."""
         with self._lock:
-            self._beat += 1
+            self._own.beat += 1
             silent, lost = self._detector.look(now)
-            self._roster.forget_owners(self._id)
-            self._departures = {id: (beat, until) for id, (beat, until) in self._departures.items() if now < until}
-            probes = self._detector.probes(now, self._address)
+            self._roster.forget_owners(self._own.id)
+            self._views.expire(now)
+            probes = self._detector.probes(now, self._own.address)
             heartbeats = self._detector.heartbeats(silent, len(probes))
-            eager = not self._ready  # it has to find those that hold the counts before the join timeout
+            eager = not self._own.ready  # it has to find those that hold the counts before the join timeout
             seeds = self._seeds.due(now, self._interval_s, self._rng, self._is_found_locked, eager)
             return Sweep(heartbeats + probes, seeds, [Change("lost", peer.id, peer.address) for peer in lost])
 
     def _is_found_locked(self, addresses):
         """Return whether an active peer answered at one of these addresses."""
-        owners = [self._roster.owner(address) for address in addresses]
-        return any(peer and peer.state == ACTIVE for peer in owners)
+        return any(peer and peer.state == ACTIVE for peer in map(self._roster.owner, addresses))
 
     # What messages say.
 
@@ -259,9 +224,9 @@ class PeerTable:
         """
         with self._lock:
             contact, changes = [], []
-            if sender.id == self._id:
+            if sender.id == self._own.id:
                 if answered_at:
-                    self._roster.owners[answered_at] = self._id
+                    self._roster.owners[answered_at] = self._own.id
                 return contact, changes
             self._heard_of_sender_locked(sender, now, answered_at, contact, changes)
             peer_of = self._roster.peers.get
@@ -277,7 +242,7 @@ class PeerTable:
                         self._heard_of_inactive_locked(peer, now, contact, changes)
             for id, beat in view.left:
                 self._departed_locked(id, beat, now, changes)
-            contact = [address for address in dict.fromkeys(contact) if address != self._address]
+            contact = [address for address in dict.fromkeys(contact) if address != self._own.address]
             return contact[: self._fanout], changes
 
     def progress(self, id, now):
@@ -296,15 +261,15 @@ class PeerTable:
             self._departed_locked(sender.id, max(sender.beat, known_beat), now, changes)
             return
         address = sender.address or answered_at
-        if not address or (sender.id in self._departures and sender.beat <= known_beat):
+        if not address or (self._views.has_left(sender.id) and sender.beat <= known_beat):
             return  # sent before the node said that it leaves
         peer = roster.peers.get(sender.id) or roster.add(sender.id, address, sender.beat, now)
         roster.update(peer, address, max(known_beat, sender.beat))
         peer.last_heard, peer.version, peer.v = now, sender.version, sender.v
-        self._departures.pop(peer.id, None)
+        self._views.is_back(peer.id)
         if sender.beat > known_beat:  # else there is nothing new to tell others
-            self._recent_contacts.append(peer)
-        if address == self._address:
+            self._views.contacted(peer)
+        if address == self._own.address:
             self._report_conflict_locked(peer.id, now, changes)
         if peer.state == ACTIVE:
             return
@@ -318,7 +283,7 @@ class PeerTable:
         """Report a peer that advertises this node's address: neither would ever dial the other."""
         if now - self._conflict_reported_at >= CONFLICT_REPORT_S:
             self._conflict_reported_at = now
-            changes.append(Change(CONFLICT, id, self._address))
+            changes.append(Change(CONFLICT, id, self._own.address))
 
     def _claim_address_locked(self, address, id, changes):
         """Record that this id answered at an address, so no other id is there."""
@@ -347,10 +312,12 @@ class PeerTable:
 
     def _heard_of_unknown_locked(self, entry, now, contact, changes):
         id, address, beat = entry
-        if id == self._id:
-            self._outlive_locked(beat)
+        if id == self._own.id:
+            self._own.outlive(beat)
         elif beat > self._roster.beat_of(id):
-            if address == self._address and id in self._roster.tombstones:  # its beat rises, so it is no predecessor
+            if (
+                address == self._own.address and id in self._roster.tombstones
+            ):  # its beat rises, so it is no predecessor
                 self._report_conflict_locked(id, now, changes)
             self._roster.add(id, address, beat, now)
             if self._is_eager_locked():
@@ -366,9 +333,9 @@ class PeerTable:
 
     def _departed_locked(self, id, beat, now, changes):
         """Record that an id has left, with this beat as its last."""
-        if id == self._id:
-            if not self._leaving:
-                self._outlive_locked(beat + 1)
+        if id == self._own.id:
+            if not self._own.leaving:
+                self._own.outlive(beat + 1)
             return
         peer, known_beat = self._roster.peers.get(id), self._roster.beat_of(id)
         if beat < known_beat or (beat == known_beat and not peer):
@@ -378,17 +345,7 @@ class PeerTable:
                 changes.append(Change("left", id, peer.address))
             self._roster.move(peer, FORGOTTEN)
         self._roster.bury(id, beat)
-        self._departures.pop(id, None)  # so that it comes last
-        self._departures[id] = beat, now + DEPARTURE_TIMEOUTS * self._timeout_s
-
-    def _outlive_locked(self, beat):
-        """Raise the own beat to one that others remember of this id.
-
-        They remember a greater one if this machine was restored from a snapshot, or if another process
-        left under this id.  Until the beat has caught up, gossip about this node would prove nothing.
-        """
-        if self._beat < beat < BEAT_MAX // 2:  # otherwise a faulty message could exhaust the range
-            self._beat = beat
+        self._views.left(id, beat, now + DEPARTURE_TIMEOUTS * self._timeout_s)
 
 
 class Heartbeat:

@@ -10,6 +10,7 @@ LOST = "lost"  # silent for longer than the failure timeout; probed until it ans
 FORGOTTEN = "forgotten"  # only its tombstone is left
 
 TOMBSTONES_MAX = 4096
+SKEW_MAX_S = 1.0  # between wall clocks; more is reported
 
 
 class Peer:
@@ -42,6 +43,12 @@ class Peer:
     @property
     def beat(self):
         return self.entry[2]
+
+    def compare_clock(self, ahead_s, took_s):
+        """Take note of its wall clock, which in an answer that took so long was ahead: see PeerTable.compare_clocks."""
+        before, self.skew_s = self.skew_s, ahead_s - took_s / 2
+        room_s = SKEW_MAX_S + took_s / 2  # the answer may have taken all of the time, or none
+        return self.skew_s if abs(self.skew_s) > room_s and (before is None or abs(before) <= SKEW_MAX_S) else None
 
 
 class Roster:

@@ -9,14 +9,9 @@ import pytest
 
 from counter.addresses import join_address, parse_address, split_address
 from counter.roster import ACTIVE, LOST
+from counter.views import RECENT_MAX, VIEW_MAX
 from counter.wire import BEAT_MAX, Sender, View
-from peers import (
-    RECENT_MAX,
-    VIEW_MAX,
-    Change,
-    Heartbeat,
-    PeerTable,
-)
+from peers import Change, Heartbeat, PeerTable
 
 ME, A, B, C = (f"{letter * 8}-{letter * 4}-8{letter * 3}" for letter in "fabc")
 AT_ME, AT_A, AT_B, AT_C = (f"10.0.0.{number}:80" for number in range(4))

@@ -128,8 +128,8 @@ def test_nodes_whose_settled_vectors_differ_agree_whatever_the_network_did(seed,
 
 def as_of_version_1(node):
     """Have a node send and understand what version 1 of messages has, which is no summary."""
-    sender, receive = node.table._sender_locked, node.gossip.receive
-    node.table._sender_locked = lambda: sender()._replace(v=1)
+    sender, receive = node.table._own.sender, node.gossip.receive
+    node.table._own.sender = lambda wall: sender(wall)._replace(v=1)
     node.table.v_of = lambda id: 1
 
     def receiving(message, *rest):
