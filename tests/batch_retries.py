@@ -8,6 +8,7 @@ import contextlib
 import json
 import random
 import socket
+import statistics
 import time
 
 from conftest import wait_until
@@ -36,7 +37,9 @@ def counted(node):
 def counts(node):
     found, start = {}, ""
     while start is not None:
-        page = node.get(f"/counts?limit=1000{start and '&start='}{start}")
+        answer = node.ask("GET", f"/counts?limit=1000{start and '&start='}{start}")
+        assert answer.status == 200, f"refused with {answer.status}: {answer.body}"
+        page = answer.json()
         found |= page["counts"]
         start = page["next"]
     return found
@@ -48,7 +51,7 @@ def run(batches, names, seed=1):
     AssertionError if an item counts other than once in the end.
     """
     rng, network, started = random.Random(seed), BadNetwork(SIZE, seed), time.monotonic()
-    expected, peak = {}, 0
+    expected, took = {}, []
     try:
         for position in range(SIZE):
             network.start(position, "--max-counters", "1000000", "--retry-backoff-max", "0.2")
@@ -66,12 +69,13 @@ def run(batches, names, seed=1):
             network.heal()
             healed = time.monotonic()
             wait_until(lambda: all(counts(node) == expected for node in network.nodes), 60)
-            peak = max(peak, time.monotonic() - healed)
+            took.append(time.monotonic() - healed)
             answer = network.nodes[third].ask("POST", "/increments", body, headers)
             assert answer.headers["Idempotent-Replayed"] == "true", answer.body
         assert all(counts(node) == expected for node in network.nodes)
         return (
-            f"{batches} batches of {names} names: exact after {peak:.1f} s at most; {time.monotonic() - started:.0f} s"
+            f"{batches} batches of {names} names: exact {statistics.median(took):.1f} s after healing, at most"
+            f" {max(took):.1f} s; {time.monotonic() - started:.0f} s in all"
         )
     finally:
         network.close()
