@@ -113,11 +113,23 @@ class Vector(Mapping):
     def completed(self, summary):
         """Return the vector that a Summary is of; None if its other entries are not the same as here."""
         if not summary.rest:
-            return Vector(summary.recent)
+            return self._like(summary.recent)
         if not summary.recent:
             return self if summary == self.digest() else None
         same = self._hash_without(summary.recent) == summary.rest
         return self.updated(summary.recent) if same else None
+
+    def _like(self, entries):
+        """Return the vector with these entries, on the settled part of this one if most are in there.
+
+        Then comparing the two is quick from now on.
+        """
+        settled = self._settled
+        if not len(settled) < 2 * len(entries) < 4 * len(settled):
+            return Vector(entries)
+        recent = {replica: sequence for replica, sequence in entries.items() if settled.get(replica) != sequence}
+        recent.update((replica, 0) for replica in settled if replica not in entries)
+        return Vector(recent, settled) if 2 * len(recent) < len(entries) else Vector(entries)
 
     def _hash_without(self, replicas):
         """Return the hash of the entries of all replicas but these."""
@@ -126,52 +138,84 @@ class Vector(Mapping):
         return (hash - self._settled.hash_of(*rest, *replicas)) % 2**HASH_BITS
 
 
+class _Run(namedtuple("_Run", "bits sequences")):
+    """Some entries in two columns, ordered by the bits of their replica ids; a sequence of 0: it is gone."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, entries):
+        """Return the run with the entries of a mapping {bits: sequence}."""
+        bits = sorted(entries)
+        return cls(array("Q", bits), array("Q", map(entries.__getitem__, bits)))
+
+    def get(self, bits):
+        """Return the sequence of a replica, None if the run does not have it."""
+        place = bisect_left(self.bits, bits)
+        return self.sequences[place] if place < len(self.bits) and self.bits[place] == bits else None
+
+
 class _Settled:
-    """Entries in columns, 16 bytes each, ordered by replica; `hash` is that of all of them."""
+    """Entries that never change, 16 bytes each; `hash` is that of all of them.
 
-    __slots__ = ("_bits", "_sequences", "hash")
+    They are in runs, of which a later one takes precedence and is at most half as long.  What is updated shares
+    most runs with what it was made from, so comparing the two costs what has changed.
+    """
 
-    def __init__(self, entries, hash):
-        """`entries` are sorted pairs: the bits of a replica id, and a sequence."""
-        self._bits = array("Q", [bits for bits, _ in entries])
-        self._sequences = array("Q", [sequence for _, sequence in entries])
-        self.hash = hash
+    __slots__ = ("_length", "_runs", "hash")
+
+    def __init__(self, runs, length, hash):
+        self._runs, self._length, self.hash = runs, length, hash
 
     def __len__(self):
-        return len(self._bits)
+        return self._length
 
     def __iter__(self):
-        return map(replica_of, self._bits)
+        for place, run in enumerate(self._runs):
+            later = self._runs[place + 1 :]
+            for bits, sequence in zip(run.bits, run.sequences, strict=True):
+                if sequence and all(other.get(bits) is None for other in later):
+                    yield replica_of(bits)
 
     def get(self, replica):
         """Return the sequence of a replica, 0 if it has none."""
-        if not self._bits:
-            return 0
-        bits = replica_bits(replica)
-        place = bisect_left(self._bits, bits)
-        return self._sequences[place] if place < len(self._bits) and self._bits[place] == bits else 0
+        return self._find(replica_bits(replica)) if self._runs else 0
+
+    def _find(self, bits):
+        for run in reversed(self._runs):
+            sequence = run.get(bits)
+            if sequence is not None:
+                return sequence
+        return 0
 
     def hash_of(self, *replicas):
         """Return the hash of the entries of some replicas."""
-        return sum(_hash(replica, self.get(replica)) for replica in replicas) if self._bits else 0
+        return sum(_hash(replica, self.get(replica)) for replica in replicas) if self._runs else 0
 
     def updated(self, entries):
         """Return these entries with others for some replicas, {replica: sequence}; 0 drops one."""
-        held, hash = dict(zip(self._bits, self._sequences, strict=True)), self.hash
+        new, length, hash = {}, self._length, self.hash
         for replica, sequence in entries.items():
             bits = replica_bits(replica)
-            hash += _hash(replica, sequence) - _hash(replica, held.pop(bits, 0))
-            if sequence:
-                held[bits] = sequence
-        return _Settled(sorted(held.items()), hash % 2**HASH_BITS)
+            before = self._find(bits)
+            new[bits] = sequence
+            length += bool(sequence) - bool(before)
+            hash += _hash(replica, sequence) - _hash(replica, before)
+        runs = list(self._runs)
+        while runs and len(runs[-1].bits) < 2 * len(new):
+            new = {**dict(zip(*runs.pop(), strict=True)), **new}
+        if not runs:
+            new = {bits: sequence for bits, sequence in new.items() if sequence}
+        return _Settled((*runs, _Run.of(new)), length, hash % 2**HASH_BITS)
 
     def differing(self, other):
         """Return the replicas whose entries differ, a set."""
-        mine, its = (set(zip(one._bits, one._sequences, strict=True)) for one in (self, other))
-        return {replica_of(bits) for bits, _ in mine ^ its}
+        mine, its = ({id(run): run for run in one._runs} for one in (self, other))
+        changed = {bits for key in mine.keys() ^ its.keys() for bits in (mine.get(key) or its[key]).bits}
+        return {replica_of(bits) for bits in changed if self._find(bits) != other._find(bits)}
 
 
-NOTHING = _Settled([], 0)
+NOTHING = _Settled((), 0, 0)
 
 
 class Changes:

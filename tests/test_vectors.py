@@ -1,6 +1,7 @@
 """Version vectors, alone and as two nodes compare them."""
 
 import random
+import tracemalloc
 from array import array
 
 import pytest
@@ -104,11 +105,75 @@ def test_a_crowd_settles_soon():
 def test_settled_entries_are_small():
     """16 bytes each, and shared by all vectors that are made."""
     counter = with_a_past(Half(), 2000).counter
-    columns = [getattr(counter.vector()._settled, name) for name in ("_bits", "_sequences")]
-    assert [type(column) for column in columns] == [array, array]
+    columns = [column for run in counter.vector()._settled._runs for column in run]
+    assert {type(column) for column in columns} == {array}
     assert sum(column.itemsize * len(column) for column in columns) == 16 * 2000
     counter.increment("x")
     assert counter.vector()._settled is counter.vector().updated({A: 1})._settled
+
+
+def most_memory(function):
+    """Return how many bytes a function needs at most beside what there was; and its result."""
+    tracemalloc.start()
+    try:
+        result = function()
+        return tracemalloc.get_traced_memory()[1], result
+    finally:
+        tracemalloc.stop()
+
+
+def two_states_of_a_long_past(number=20_000, more=100):
+    """Return a vector with many settled entries, and a later one with a few more of them."""
+    rng, changes, held = random.Random(1), Changes(), {ME: 1}
+    found = []
+    for new in number, more:
+        added = [new_replica(rng.getrandbits) for _ in range(new)]
+        for replica in added:
+            changes.touch(replica)
+            held[replica] = 1
+        changes.settle(ME, lambda id: held.get(id, 0))
+        found.append(changes.vector(ME, lambda id: held.get(id, 0)))
+    return *found, added
+
+
+def test_comparing_settled_parts_costs_what_has_changed():
+    before, after, added = two_states_of_a_long_past()
+    for one, other in (before, after), (after, before):
+        needed, differing = most_memory(lambda one=one, other=other: one.differing(other))
+        assert differing == set(added)
+        assert needed < 100_000
+
+
+def test_a_vector_that_was_listed_whole_is_compared_like_another():
+    """Once it was understood: that costs what there is, and each comparison what differs."""
+    before, after, added = two_states_of_a_long_past()
+    shown = before.completed(after.listing())
+    assert shown == dict(after)
+    needed, missing = most_memory(lambda: shown.beyond(before))
+    assert {replica for replica, _, _ in missing} == set(added)
+    assert needed < 100_000
+    shown = after.completed(before.listing())
+    assert shown == dict(before)
+    assert shown.differing(after) == set(added)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_settled_entries_are_replaced_and_go(seed):
+    """However many are settled at a time, in whichever order; entries that are gone take no memory in the end."""
+    rng, changes, held = random.Random(seed), Changes(), {}
+    replicas = [new_replica(rng.getrandbits) for _ in range(60)]
+    settled = changes._settled
+    for _ in range(40):
+        entries = {replica: rng.randint(0, 3) for replica in rng.sample(replicas, rng.choice((1, 2, 7, 30)))}
+        before, settled = settled, settled.updated(entries)
+        changed = {replica for replica, sequence in entries.items() if sequence != held.get(replica, 0)}
+        assert before.differing(settled) == settled.differing(before) == changed
+        held = {replica: sequence for replica, sequence in (held | entries).items() if sequence}
+        assert sorted(settled) == sorted(held)
+        assert len(settled) == len(held)
+        assert all(settled.get(replica) == held.get(replica, 0) for replica in replicas)
+        assert settled.hash == vectors.NOTHING.updated(held).hash
+    assert len(settled.updated(dict.fromkeys(replicas, 0))._runs[0].bits) == 0
 
 
 # Two nodes that compare theirs.
