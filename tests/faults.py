@@ -4,6 +4,7 @@ Every node advertises the address of its proxy, so all its peers reach it throug
 works on whole messages, and knows by their sender which link they travel on.
 """
 
+import contextlib
 import json
 import random
 import ssl
@@ -45,12 +46,13 @@ class BadNetwork:
         self.cut = set()
 
     def close(self):
-        """End the nodes and the proxies."""
+        """End the nodes and the proxies, all of them even if one fails to end."""
         self.over.set()
-        for node in filter(None, self.nodes):
-            node.end()
-        for proxy in self.proxies:
-            proxy.close()
+        with contextlib.ExitStack() as stack:
+            for proxy in self.proxies:
+                stack.callback(proxy.close)
+            for node in filter(None, self.nodes):
+                stack.callback(node.end)
 
 
 class Proxy(ThreadingHTTPServer):
