@@ -274,7 +274,9 @@ class Api:
 
         @action(STREAMS)
         def watch(_body, _connection):
-            found = watching.Watch(name, lambda: counter.value(name), lambda: access is None or access.valid)
+            found = watching.Watch(
+                lambda: f"{{{_standing(counter, name, None)}}}", lambda: access is None or access.valid
+            )
             return http1.unending(watching.CONTENT_TYPE, watching.HEADERS) + (
                 found.next(time.monotonic()) or b""
             ), found

@@ -20,21 +20,21 @@ HEADERS = (("Cache-Control", "no-store"), ("X-Accel-Buffering", "no"))  # the la
 class Watch:
     """The events of one counter.
 
-    `value` and `is_allowed` are functions: what it stands at, and whether the client may know.
+    `standing` and `is_allowed` are functions: the JSON that says what it stands at, and whether the client may know.
     """
 
-    def __init__(self, name, value, is_allowed):
-        self._name, self._value, self._is_allowed = name, value, is_allowed
-        self._sent, self._sent_at = None, -math.inf  # the count in the latest event, and when something was sent
+    def __init__(self, standing, is_allowed):
+        self._standing, self._is_allowed = standing, is_allowed
+        self._sent, self._sent_at = None, -math.inf  # the JSON in the latest event, and when something was sent
 
     def next(self, now):
         """Return what is to be sent now, as bytes: b"" for nothing, None if the stream is over."""
         if not self._is_allowed():
             return None
-        count = self._value()
-        if count != self._sent:
-            self._sent, self._sent_at = count, now
-            return f'data: {{"name": "{self._name}", "count": {count}}}\n\n'.encode()
+        standing = self._standing()
+        if standing != self._sent:
+            self._sent, self._sent_at = standing, now
+            return f"data: {standing}\n\n".encode()
         if now >= self._sent_at + COMMENT_S:
             self._sent_at = now
             return b":\n\n"

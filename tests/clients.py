@@ -92,9 +92,13 @@ class Watcher:
 
     def next(self):
         """Return the count in the next event."""
+        return self.event()["count"]
+
+    def event(self):
+        """Return what the next event says."""
         line, empty = self.client.stream.readline(), self.client.stream.readline()
         assert (line[:6], empty) == (b"data: ", b"\n"), line
-        return json.loads(line[6:])["count"]
+        return json.loads(line[6:])
 
     def last(self, count):
         """Read until this count comes; return how many events that took."""

@@ -10,6 +10,7 @@ from conftest import wait_until
 
 from counter import Delta, new_replica
 from counter.watching import AT_ONCE, COMMENT_S, INTERVAL_S, LOOK_S, Streams, Watch
+from counter.windows import parse_series, rfc3339
 
 
 class Watched:
@@ -17,15 +18,15 @@ class Watched:
 
     def __init__(self):
         self.count, self.allowed = 0, True
-        self.watch = Watch("x", lambda: self.count, lambda: self.allowed)
+        self.watch = Watch(lambda: f'{{"count": {self.count}}}', lambda: self.allowed)
 
 
 def test_an_event_comes_at_once_and_then_for_each_change():
     watched = Watched()
-    assert watched.watch.next(0.0) == b'data: {"name": "x", "count": 0}\n\n'
+    assert watched.watch.next(0.0) == b'data: {"count": 0}\n\n'
     assert watched.watch.next(0.1) == b""
     watched.count = -5
-    assert watched.watch.next(0.2) == b'data: {"name": "x", "count": -5}\n\n'
+    assert watched.watch.next(0.2) == b'data: {"count": -5}\n\n'
 
 
 def test_a_comment_comes_where_nothing_changes():
@@ -276,11 +277,16 @@ def test_a_watcher_of_one_node_sees_what_another_counts(start_cluster, connect):
     assert watcher.client.stream.read() == b""
 
 
-def test_a_windowed_counter_shows_its_present_window(start_local, connect):
-    """It falls to 0 as the window ends, though nothing changes then."""
-    node = start_local()
-    watcher = Watcher(connect(node), "/watch/x@1s")
-    wait_until(lambda: time.time() % 1 < 0.5)
-    node.counter.increment("x@1s", 5)
-    assert watcher.last(5) <= 2
-    assert watcher.last(0) == 1
+def test_the_turn_of_a_window_is_an_event(start_local, connect):
+    """It tells which window it is of, so that one is told from the next even where both have the same count."""
+    noon, hour = (time.time() // 86_400 + 1.5) * 86_400, 3600
+    shown, node, series = [noon], start_local(), parse_series("x@1h")
+    node.counter._wall = lambda: shown[0]
+    node.counter.increment("x@1h", 5)
+    early = {series.window(series.index_at(noon + hour)): (1, 5)}  # at a node with a clock that is ahead
+    node.counter.merge(Delta(new_replica(), 0, 1, early), 0)
+    watcher = Watcher(connect(node), "/watch/x@60m")
+    for start, count in (noon, 5), (noon + hour, 5), (noon + 2 * hour, 0):
+        shown[0] = start
+        event = {"name": "x@60m", "count": count, "window": {"start": rfc3339(start), "seconds": hour}}
+        assert watcher.event() == event
