@@ -11,6 +11,7 @@ heartbeat, while nothing is counted and while all nodes count.  Status 1 if a co
 
 import argparse
 import gc
+import logging
 import sys
 import time
 import tracemalloc
@@ -128,6 +129,7 @@ def main():
     parser.add_argument("--touched", type=int, default=1000, help="counters that each process increments")
     parser.add_argument("--kills", type=float, default=0.0, help="the share of stops that are crashes")
     options = parser.parse_args()
+    logging.getLogger("counter").setLevel(logging.ERROR)  # a restart is no news here
     began, cluster = time.monotonic(), Cluster(options.nodes, options.counters)
     cluster.count_all()
     report(cluster, 0, began)
