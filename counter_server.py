@@ -29,7 +29,7 @@ from dataclasses import replace
 import urllib3
 
 from api import Api
-from counter import Counter, logs, new_replica
+from counter import Counter, logs, new_replica, process
 from counter.addresses import join_address
 from counter.backup import export_command, import_command
 from counter.config import parse_arguments
@@ -214,6 +214,7 @@ def main(arguments=None):
         )
         return 1
     logs.set_up(config.log_level, config.log_format)
+    process.share_one_heap()  # before there are other threads
     clients_max = provide_descriptors(config.max_connections)
     if clients_max < config.max_connections:
         log.warning(

@@ -1,7 +1,11 @@
 """What the system gives to a process, as it says in files."""
 
 import os
+import platform
+import re
 import resource
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +54,15 @@ def test_memory_that_is_used_is_resident():
     before = process.resident_bytes()
     data = b"x" * 2**26
     assert process.resident_bytes() >= before + len(data) // 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no heaps of threads")
+def test_the_threads_of_a_node_share_one_heap(start_cluster):
+    """glibc reserves 64 MiB of addresses for each further heap."""
+    nodes = start_cluster(2)
+    with ThreadPoolExecutor(8) as clients:
+        list(clients.map(lambda _: nodes[0].increment("/increment?acks=2"), range(40)))
+    for node in nodes:
+        maps = Path(f"/proc/{node.process.pid}/maps").read_text()
+        reserved = re.findall(r"^(\w+)-(\w+) ---p 00000000 00:00 0 *$", maps, re.MULTILINE)
+        assert [area for area in reserved if int(area[1], 16) - int(area[0], 16) > 2**25] == []
