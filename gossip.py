@@ -22,7 +22,7 @@ from peers import log_changes
 
 log = logging.getLogger("counter.replication")
 
-DELTAS_MAX = 2**20  # bytes of deltas in a message of several replicas, roughly
+DELTAS_MAX = 2**18  # bytes of deltas in a message of several replicas, roughly
 SUMMARIES_SINCE = 2  # the wire.VERSION of nodes that understand the summary of a vector
 NO_VIEW = View([], [])  # what a mere push shows
 

@@ -9,10 +9,11 @@ import re
 from counter.deltas import Delta
 from counter.ids import AMOUNT_MAX, REPLICA, SEQUENCE_MAX
 from counter.keys import KeyRecords
+from counter.streams import LARGE as LARGE_TOTALS
 from counter.streams import Totals
 from counter.windows import is_counter, is_window
 
-LARGE = 2000  # entries, or keys, of which more are kept as columns
+LARGE = 2000  # keys of which more are kept as columns
 AGE_MAX_S = 1e9
 _DIGEST = re.compile("[0-9a-f]{32}\\Z")
 
@@ -54,7 +55,7 @@ class GrowingDelta:
             # A sequence counts to one counter, at most so much.
             self._taken += 1 if -AMOUNT_MAX <= total <= AMOUNT_MAX else -(-abs(total) // AMOUNT_MAX)
         require(self._taken <= self._through, "totals for so few increments")
-        if type(self._totals) is dict and len(self._totals) + len(entries) > LARGE:
+        if type(self._totals) is dict and len(self._totals) + len(entries) > LARGE_TOTALS:
             few, self._totals = self._totals, Totals()
             self._totals.extend(few.items())
         (self._totals.update if type(self._totals) is dict else self._totals.extend)(entries)

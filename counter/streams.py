@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from itertools import compress
 
 SMALL = 32  # rows that are searched one by one; of more there is an index
-LARGE = 2000  # rows copied as columns, not as a dictionary: what holds the lock is a memcpy then
+LARGE = 100  # rows; of more the columns are copied: a memcpy for who holds the lock, and 20 bytes each afterwards
 _MIX = 0x9E3779B97F4A7C15  # odd, its bits in no order: what is multiplied by it is spread (Fibonacci hashing)
 
 

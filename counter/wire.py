@@ -87,7 +87,11 @@ def encode(message):
 
 
 def _json(value):
-    return json.dumps(value, separators=(",", ":")).encode()
+    return json.dumps(value, separators=(",", ":"), default=_plain).encode()
+
+
+def _plain(totals):
+    return dict(totals.items())  # dict(totals) would look up each name, which takes a search
 
 
 def _head(message):

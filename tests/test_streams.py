@@ -64,7 +64,7 @@ def test_a_large_cut_does_not_change_with_its_stream():
     put(stream, {5: (LARGE + 2, 7), LARGE + 1: (LARGE + 3, 8)}, LARGE + 3)
     assert len(cut) == 10
     assert cut == {f"n{number}": (number + 1, 1) for number in range(LARGE - 9, LARGE + 1)}
-    assert cut["n2000"] == (2001, 1)
+    assert cut[f"n{LARGE}"] == (LARGE + 1, 1)
     assert "n5" not in cut
     assert list(cut) == [name for name, _ in cut.items()]
     with pytest.raises(KeyError):

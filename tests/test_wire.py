@@ -7,9 +7,10 @@ import random
 import pytest
 from halves import A_SENDS, AT_A, AT_B, ME, NOBODY, A, B, C, with_more
 
-from counter import AMOUNT_MAX, GAP, NEEDS, Delta, wire
+from counter import AMOUNT_MAX, GAP, NEEDS, Counter, Delta, wire
+from counter.streams import LARGE, Totals
 from counter.vectors import Summary
-from counter.wire import Message, Sender, View, decode, encode
+from counter.wire import SHORT, Message, Sender, View, decode, encode
 
 
 @pytest.mark.parametrize(
@@ -229,6 +230,23 @@ def test_a_long_message_goes_in_lines_of_which_none_is_long():
     assert len(lines) > 15
     assert max(map(len, lines)) < 20_000
     assert not any(b"\n" in line for line in lines)
+
+
+@pytest.mark.parametrize("counters", [LARGE, LARGE + 1, SHORT - 1])
+def test_many_entries_of_a_short_message_are_columns_at_both_ends(counters):
+    """A dictionary of them takes 200 bytes an entry, and what a node frees it may keep."""
+    one, other = Counter(A), Counter(B)
+    one.increment_many({f"n{number}": number + 1 for number in range(counters)})
+    for delta in one.deltas({}, 10**6, 0):
+        other.merge(delta, 0)
+    (delta,) = other.deltas({}, 10**6, 0)
+    (line,) = encode(Message(A_SENDS, NOBODY, {A: counters}, None, None, [delta]))
+    (arrived,) = decode([line]).deltas
+    for end in (delta, arrived):
+        assert isinstance(end.totals, Totals) == (counters > LARGE)
+        assert {name: total for name, (_, total) in end.totals.items()} == {
+            f"n{number}": number + 1 for number in range(counters)
+        }
 
 
 def test_a_short_message_of_long_parts_goes_in_lines_as_well():
