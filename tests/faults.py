@@ -4,7 +4,6 @@ Every node advertises the address of its proxy, so all its peers reach it throug
 works on whole messages, and knows by their sender which link they travel on.
 """
 
-import contextlib
 import json
 import random
 import ssl
@@ -46,13 +45,18 @@ class BadNetwork:
         self.cut = set()
 
     def close(self):
-        """End the nodes and the proxies, all of them even if one fails to end."""
+        """End the nodes, at the same time, and the proxies, even if a node fails to end."""
         self.over.set()
-        with contextlib.ExitStack() as stack:
+        nodes = [node for node in self.nodes if node]
+        try:
+            for node in nodes:
+                if node.process.poll() is None:
+                    node.process.terminate()
+            for node in nodes:
+                node.end()
+        finally:
             for proxy in self.proxies:
-                stack.callback(proxy.close)
-            for node in filter(None, self.nodes):
-                stack.callback(node.end)
+                proxy.close()
 
 
 class Proxy(ThreadingHTTPServer):
