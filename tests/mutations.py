@@ -244,6 +244,11 @@ def metrics(node):
     return node.ask("GET", "/metrics").body.decode()
 
 
+def held(node, what):
+    """Return how many counters, or idempotency keys, a node holds."""
+    return int(re.search(rf"^counter_{what} (\d+)$", metrics(node), re.MULTILINE)[1])
+
+
 def check_counts(node, counted):
     """Check that the node counted just what was answered; return how many increments that is."""
     accepted, latest = set(), {}  # sequences; name -> (sequence, count)
@@ -283,9 +288,10 @@ def attack(node, requests, messages, seed, seconds):
         sent, statuses, dots, cut = in_workers(send, work)
         took_s, counted = time.monotonic() - began, counted | dots
         memory, threads, descriptors = settled(node)
+        counters, keys = (held(node, what) for what in ("counters", "idempotency_keys"))  # they may take memory
         yield (
             f"{what}: sent={sent} seconds={took_s:.0f} statuses={statuses} cut={cut}"
-            f" memory_kib={memory} threads={threads} descriptors={descriptors}"
+            f" memory_kib={memory} threads={threads} descriptors={descriptors} counters={counters} keys={keys}"
         )
     yield f"increments={check_counts(node, counted)}, all of them answered, and no others"
 
