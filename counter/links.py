@@ -32,8 +32,8 @@ def backoff_s(failures, base_s, max_s, rng=random):
 
 
 def cause(error):
-    """Return what lies behind an exception of requests, without its wrappings."""
-    wrapped = (getattr(error, "reason", None), *error.args)
+    """Return what lies behind an exception of requests, without its wrappings and the names of their classes."""
+    wrapped = (getattr(error, "reason", None), *error.args, error.__cause__)
     inner = next((part for part in wrapped if isinstance(part, Exception)), None)
     return error if inner is None else cause(inner)
 

@@ -1,5 +1,6 @@
 """How log lines look."""
 
+import errno
 import json
 import logging
 from types import SimpleNamespace
@@ -96,7 +97,8 @@ def test_the_last_line_of_a_stop_says_what_was_handed_over(start_cluster):
 def test_to_start_first_in_a_cluster_is_no_warning(start_node):
     """A seed that is not there yet is what to expect then; a peer that was there and is gone is not."""
     first = start_node("--join-timeout", "1", peers=[ABSENT])
-    wait_until(lambda: "no answer yet: addr=127.0.0.1:1 " in first.stderr())
+    refused = f"no answer yet: addr=127.0.0.1:1 error=[Errno {errno.ECONNREFUSED}] Connection refused\n"
+    wait_until(lambda: refused in first.stderr())
     wait_until(lambda: first.ask("GET", "/readyz").status == 200)
     (warning,) = [line for line in first.stderr().splitlines() if "WARNING" in line]
     assert warning.endswith("ready alone, and without counts: no seed has answered")
