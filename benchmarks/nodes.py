@@ -50,6 +50,10 @@ class Node:
     def rss_bytes(self):
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
+    def peak_bytes(self):
+        """Return the most resident memory that it ever had."""
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())[1]) * 1024
+
 
 @contextlib.contextmanager
 def start_node(peers=(), flags=(), checkout=PROJECT):

@@ -2,10 +2,11 @@
 """What do restarts leave behind?  Three nodes under load, restarted one after the other, again and again.
 
     python benchmarks/rolling.py                      # 30 rolling restarts, 1,000 counters
+    python benchmarks/rolling.py --rolls 20 --counters 100000  # as many as the nodes take (--max-counters)
     python benchmarks/rolling.py --kills 0.2          # one stop in five is a kill -9, once the others hold everything
 
-Prints after each roll the resident memory of the nodes, and how many replicas and entries they hold, and at the
-end whether every count is exact.  Status 1 if one is not.
+Prints after each roll the resident memory of the nodes, the most that any process took so far, and how many
+replicas they hold, and at the end whether every count is exact.  Status 1 if one is not.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from nodes import start_node, wait_until
 
 SIZE = 3
 BATCH = 20  # counters that a request increments
+FILLED = 1000  # counters that a request increments to begin with
 PAUSE_S = 0.01  # between two requests of a client, so that restarts get a share of few cores
 FLAGS = ("--heartbeat-interval", "0.2", "--peer-timeout", "2", "--join-timeout", "5")
 
@@ -60,11 +62,13 @@ class Cluster:
         self.names = [f"counter-{number}" for number in range(counters)]
         self.expected, self._lock = dict.fromkeys(self.names, 0), threading.Lock()
         self.nodes, self._stacks, self._clients, self.answered = [None] * SIZE, [None] * SIZE, [None] * SIZE, 0
+        self._flags = (*FLAGS, "--max-counters", str(counters))
+        self.peak_bytes = 0  # the most that a process has taken so far
 
     def start(self, place):
         self._stacks[place] = contextlib.ExitStack()
         peers = [node for node in self.nodes if node]
-        node = self._stacks[place].enter_context(start_node(peers, FLAGS))
+        node = self._stacks[place].enter_context(start_node(peers, self._flags))
         node.wait_listening()
         self.nodes[place] = node
         wait_until(self._all_know_each_other, "the nodes know each other")
@@ -72,9 +76,23 @@ class Cluster:
         self._clients[place] = Client(node.port, self.names, self.expected, self._lock)
         self._clients[place].start()
 
+    def fill(self):
+        """Count every counter once, so that each node holds them all from the start."""
+        for start in range(0, len(self.names), FILLED):
+            amounts = dict.fromkeys(self.names[start : start + FILLED], 1)
+            self._ask(self.nodes[0], f"POST /increments {json.dumps(amounts)}")
+            with self._lock:
+                for name in amounts:
+                    self.expected[name] += 1
+
+    def look(self):
+        """Note the most memory that the nodes that run now have taken."""
+        self.peak_bytes = max(self.peak_bytes, *(node.peak_bytes() for node in self.nodes if node))
+
     def stop(self, place, killed):
         """Stop a node and its client; one that is killed dies when the others hold what it counted."""
         node = self.nodes[place]
+        self.look()
         self._clients[place].stop()
         self.answered += self._clients[place].answered
         if killed:
@@ -140,6 +158,7 @@ def main():
     with contextlib.closing(cluster):
         for place in range(SIZE):
             cluster.start(place)
+        cluster.fill()
         for roll in range(options.rolls + 1):
             for place in range(SIZE) if roll else ():
                 killed = rng.random() < options.kills
@@ -147,11 +166,12 @@ def main():
                 cluster.stop(place, killed)
                 cluster.start(place)
             time.sleep(1)  # some sweeps
+            cluster.look()
             rss = [node.rss_bytes() / 2**20 for node in cluster.nodes]
             replicas = [cluster.replicas(node) for node in cluster.nodes]
             print(
                 f"roll {roll:2}: {time.monotonic() - began:5.0f} s, RSS MB {', '.join(f'{mb:.1f}' for mb in rss)},"
-                f" replicas {replicas}, kills so far {kills}",
+                f" peak so far {cluster.peak_bytes / 2**20:.1f}, replicas {replicas}, kills so far {kills}",
                 flush=True,
             )
         cluster.stop_clients()
