@@ -376,7 +376,9 @@ def test_sighup_reads_the_token_file_again(start_node, write_tokens):
 
 def test_without_files_to_read_sighup_stops_a_node(start_node):
     """It is what a terminal sends when it is closed."""
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, the tests and so the node ignore it
     node = start_node()
+    signal.signal(signal.SIGHUP, inherited)
     node.send_signal(signal.SIGHUP)
     assert node.process.wait(15) == 0
     assert "stopping: signal=SIGHUP" in node.stderr()
