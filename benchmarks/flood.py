@@ -27,8 +27,8 @@ import threading
 import time
 from pathlib import Path
 
-from load import HOST, Failed, Unknown, as_bytes, ask, connect, fork, process
-from nodes import POLL_S, PROJECT, cluster
+from load import HOST, Failed, as_bytes, ask, connect, fork, process
+from nodes import PROJECT, cluster
 
 FLOODS = {  # name -> (what each connection sends, connections a second)
     "silent": (b"", 1500),
@@ -117,13 +117,8 @@ def exchanging(port, other):
     def ask_once():
         if any(peer["state"] != "active" for peer in ask(there, "GET /peers")["peers"]):
             raise Failed("a peer is lost")
-        id, deadline = ask(there, "POST /increment/there")["id"], time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            with contextlib.suppress(Unknown):  # it has not arrived yet
-                ask(here, f"GET /increments/{id}")
-                return
-            time.sleep(POLL_S)
-        raise Failed("an increment did not arrive")
+        id = ask(there, "POST /increment/there")["id"]
+        ask(here, f"GET /count?after={id}&timeout={PATIENCE_S:g}")  # raises OSError if it does not arrive
 
     return ask_once
 
