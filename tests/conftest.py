@@ -118,7 +118,9 @@ class NodeProcess:
             return Answer(connection.getresponse())
 
     def get(self, path):
-        return self.ask("GET", path).json()
+        answer = self.ask("GET", path)
+        assert answer.status == 200, answer.body
+        return answer.json()
 
     def increment(self, path="/increment", **options):
         answer = self.ask("POST", path, **options)
@@ -177,7 +179,7 @@ def start_node():
 
 @pytest.fixture
 def start_cluster(start_node):
-    """Start a number of nodes, each joining through the one before, that all know each other.
+    """Start a number of nodes, each joining through the one before, that all are ready and know each other.
 
     With a folder as `data` each has a file there.
     """
@@ -188,6 +190,7 @@ def start_cluster(start_node):
             file = ("--data", data / f"{number}.db") if data else ()
             nodes.append(start_node(*file, *arguments, peers=nodes[-1:]))
         wait_until(lambda: all(len(node.peers()) == size - 1 for node in nodes))
+        wait_until(lambda: all(node.ask("GET", "/readyz").status == 200 for node in nodes))
         return nodes
 
     return start
