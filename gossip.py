@@ -285,6 +285,7 @@ class Gossip:
             self.freshness.look(now)
             log_changes(changes, len(self._table.active()))
             self._confirmations.membership_changed()
+            self._links.left({change.id for change in changes if change.what == "left"})
             gone = {change.address for change in changes if change.what in ("left", "restarted")}
             pushed = self._links.push_addresses()
             if len(pushed) < self._push_fanout or not gone.isdisjoint(pushed):

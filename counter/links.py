@@ -57,6 +57,7 @@ class Link:
         self.refusal = None  # why a node there refuses this one, until it gives a good answer
         self.retry_at = -NEVER  # no push before that; NEVER: until a heartbeat is answered
         self.peer = None  # the replica id that answered last
+        self.left = None  # the one that said that it leaves, after it had answered
         self.has_called = False  # a peer that says it is there has sent something by itself
         # Whose entries the next comparison lists beside the recent ones, as they differ; None: all entries.
         self.listed = ()
@@ -151,6 +152,13 @@ class Links:
             link = self._link_locked(address)
             link.retry_at, link.has_called = -NEVER, True
             self._due_changed.notify()
+
+    def left(self, peers):
+        """Record that these replica ids have said that they leave: that they do not answer is no trouble."""
+        with self._lock:
+            for link in self._links.values():
+                if link.peer in peers:
+                    link.left = link.peer
 
     def refusals(self, addresses):
         """Return {address: why} of those of some addresses where a node refuses this one."""
@@ -329,11 +337,13 @@ class Links:
             if link in self._push_links:  # other links are retried by sweeps only
                 self._schedule_locked(link, link.retry_at)
             self._release_locked(link)
-        # Log a peer that stays down once, not per try.  One that never answered may not have started yet.
-        starting = link.peer is None and not link.has_called and isinstance(error, OSError)
-        level = logging.DEBUG if not first else logging.INFO if starting else logging.WARNING
-        what = "no answer yet" if starting else "retrying"
-        log.log(level, "%s: addr=%s error=%s", what, link.address, cause(error))
+        level, what = logging.WARNING, "retrying"
+        if isinstance(error, OSError) and not link.has_called and link.peer is None:  # it may not have started yet
+            level, what = logging.INFO, "no answer yet"
+        elif isinstance(error, OSError) and link.peer is not None and link.left == link.peer:
+            level, what = logging.INFO, "no answer since it left"
+        # A peer that stays down is logged once, not per try.
+        log.log(level if first else logging.DEBUG, "%s: addr=%s error=%s", what, link.address, cause(error))
 
     def released(self, link):
         """Record that there was nothing to send, or that a seed was resolved; the link is free again."""

@@ -166,6 +166,36 @@ def test_a_peer_that_stays_down_is_one_line(caplog):
     assert lines == [f"retrying: addr={AT_A} error=down", f"recovered: addr={AT_A}"]
 
 
+@pytest.mark.parametrize("says_so_in", ["a request", "an answer"])
+def test_a_seed_that_left_in_order_is_no_warning_and_its_successor_is_one(caplog, says_so_in):
+    """A node goes on trying the addresses of its seeds, since another may start there."""
+    caplog.set_level(logging.INFO)
+    node = Half()
+    link, leaves = node.meet(), A_SENDS._replace(beat=2, leaving=True)
+
+    def fails(now):
+        node.gossip.swept([AT_A], [], now)
+        assert node.links.take(now) is link
+        node.links.failed(link, OSError("down"), now)
+
+    if says_so_in == "a request":
+        node.hear(Message(leaves, NOBODY, {}, None, None, []), 1.0)
+    else:
+        node.gossip.swept([AT_A], [], 1.0)
+        assert node.links.take(1.0) is link
+        node.gossip.answered(link, node.gossip.request(link, 1.0), answer({})._replace(sender=leaves), 1.0)
+    fails(2.0)
+    fails(3.0)
+    node.meet(id=B, now=4.0)
+    fails(5.0)
+    lines = [record for record in caplog.records if record.name == "counter.replication"]
+    assert [(record.levelname, record.getMessage()) for record in lines] == [
+        ("INFO", f"no answer since it left: addr={AT_A} error=down"),
+        ("INFO", f"recovered: addr={AT_A}"),
+        ("WARNING", f"retrying: addr={AT_A} error=down"),
+    ]
+
+
 def test_only_what_failed_recovers(caplog):
     """An answer that takes nothing makes the node wait, but is no trouble that an operator should read of."""
     caplog.set_level(logging.INFO)
