@@ -200,7 +200,7 @@ class PeerTable:
         """Raise the beat, drop failed peers, and return whom to contact now, as a Sweep."""
         with self._lock:
             self._own.beat += 1
-            silent, lost = self._detector.look(now)
+            silent, lost = self._detector.look(now, self._own.address)
             self._roster.forget_owners(self._own.id)
             self._views.expire(now)
             probes = self._detector.probes(now, self._own.address)

@@ -26,25 +26,33 @@ class Detector:
         self._fanout, self._rng = fanout, rng
         self._looked_at = None
 
-    def look(self, now):
-        """Move silent peers; return (active peers that are about to fail, those that have)."""
+    def look(self, now, own_address):
+        """Move silent peers; return (active peers that are about to fail, those that are lost now).
+
+        A peer known from gossip alone is lost as well, since it may be counting beyond a partition; but not if
+        another node is known to be at its address, as after a restart.
+        """
         self._forgive_lateness(now)
         failure_timeout_s = self._failure_timeout_s()
         silent, failed = [], []
         for peer in list(self._roster.peers.values()):
             silent_s = now - peer.last_heard
             if silent_s > failure_timeout_s:
-                if peer.state == ACTIVE:
+                if peer.state == UNVERIFIED and self._is_replaced(peer, own_address):
+                    self._roster.move(peer, FORGOTTEN)
+                elif peer.state != LOST:
                     self._roster.move(peer, LOST)
                     failed.append(peer)
-                elif peer.state == UNVERIFIED:
-                    self._roster.move(peer, FORGOTTEN)
             elif silent_s > failure_timeout_s / 2 and peer.state == ACTIVE:
                 silent.append(peer)
         lost = sorted((peer for peer in self._roster.inactive() if peer.state == LOST), key=_LAST_HEARD)
         for peer in lost[:-LOST_MAX]:
             self._roster.move(peer, FORGOTTEN)
         return silent, failed
+
+    def _is_replaced(self, peer, own_address):
+        owner = self._roster.owners.get(peer.address, peer.id)
+        return peer.address == own_address or owner != peer.id
 
     def _failure_timeout_s(self):
         """Return for how long a peer may be silent: what reaches fewer than all takes its time."""

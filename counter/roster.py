@@ -6,7 +6,7 @@ from counter.probing import Probe
 
 UNVERIFIED = "unverified"  # known from gossip only: not passed on, and not counted as a peer
 ACTIVE = "active"
-LOST = "lost"  # silent for longer than the failure timeout; probed until it answers
+LOST = "lost"  # silent for longer than the failure timeout, also where it was unverified; probed until it answers
 FORGOTTEN = "forgotten"  # only its tombstone is left
 
 TOMBSTONES_MAX = 4096

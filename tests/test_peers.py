@@ -113,14 +113,40 @@ def test_a_rumour_makes_nobody_active_but_is_looked_into(table):
     assert states(table) == {A: ACTIVE, B: ACTIVE}
 
 
-def test_a_rumour_nobody_confirms_is_forgotten_and_does_not_come_back(table):
+def hear_of_b(table, answering=None):
+    """Hear of B in gossip alone, and then from A alone for 20 s; return all changes of the sweeps.
+
+    After 3 s `answering`, an id, answers at the address of B.
+    """
+    changes = []
     answer(table, A, AT_A, view=View([(B, AT_B, 7)], []))
     for now in range(20):
         answer(table, A, AT_A, beat=now, now=float(now))
-        table.sweep(float(now))
-    assert AT_B not in table.sweep(20.0).contact
+        if answering and now >= 3:
+            answer(table, answering, AT_ME if answering == ME else AT_C, beat=now, now=float(now), at=AT_B)
+        changes += table.sweep(float(now)).changes
+    return changes
+
+
+def test_a_rumour_that_nobody_confirms_is_of_a_lost_peer(table):
+    """It may be counting beyond a partition, so a fresh read must not do without it."""
+    assert hear_of_b(table) == [Change("lost", B, AT_B)]
+    assert states(table) == {A: ACTIVE, B: LOST}
     assert answer(table, A, AT_A, beat=20, view=View([(B, AT_B, 7)], [])) == ([], [])
     assert answer(table, A, AT_A, beat=21, view=View([(B, AT_B, 8)], [])) == ([AT_B], [])
+
+
+@pytest.mark.parametrize("answering", [C, ME])
+def test_a_rumour_of_a_peer_where_another_answers_is_forgotten(table, answering):
+    assert hear_of_b(table, answering) == []
+    assert B not in states(table)
+    assert answer(table, A, AT_A, beat=20, view=View([(B, AT_B, 7)], [])) == ([], [])
+
+
+def test_a_rumour_of_a_predecessor_at_the_own_address_is_forgotten(table):
+    answer(table, A, AT_A, view=View([(B, AT_ME, 7)], []))
+    assert sweep_through(table, 0, 20) == [Change("lost", A, AT_A)]
+    assert states(table) == {A: LOST}
 
 
 def test_silence_makes_a_peer_lost_and_an_answer_brings_it_back(table):
