@@ -5,6 +5,7 @@ as its *settled* part, which all vectors made from it share.  Between nodes a ve
 Summary: the entries that changed lately, and one hash for all others.  A node that gets it takes the
 same entries off its own vector and hashes the rest.  If the hashes agree, it knows the whole vector
 of its peer.  So what a heartbeat says, and what it costs, does not grow with the past of the cluster.
+A peer may lag behind: so a node also tries the settled parts that it had a while ago.
 
 Source: Bellare, Micciancio, "A New Paradigm for Collision-Free Hashing: Incrementality at Reduced
 Cost" (1997), for a hash that is the sum of the hashes of all entries (AdHash).
@@ -20,7 +21,9 @@ from functools import lru_cache
 from counter.ids import replica_bits, replica_of
 
 SETTLING_S = 60.0  # an entry that did not change for so long, and twice that at most, is settled
-CROWD = 256  # entries that changed; of more, as after a join, those that did not change for a second are settled
+CROWD = 256  # entries that changed; of more, as after a join, those that did not change for CROWDED_S are settled
+CROWDED_S = 1.0
+EARLIER = 16  # settled parts that are remembered
 HASH_BITS = 128
 
 # What a message says of a vector: `recent` are some of its entries, {replica: sequence}, 0 for what is
@@ -34,12 +37,15 @@ def lacks(vector, other):
 
 
 class Vector(Mapping):
-    """A version vector that never changes.  `recent` takes precedence over `settled`; 0 is an entry that is gone."""
+    """A version vector that never changes.  `recent` takes precedence over `settled`; 0 is an entry that is gone.
 
-    __slots__ = ("_digest", "_recent", "_settled")
+    `earlier` are the settled parts that the node had before, the latest first.
+    """
 
-    def __init__(self, recent, settled=None):
-        self._recent, self._settled = recent, settled or NOTHING
+    __slots__ = ("_digest", "_earlier", "_recent", "_settled")
+
+    def __init__(self, recent, settled=None, earlier=()):
+        self._recent, self._settled, self._earlier = recent, settled or NOTHING, earlier
         self._digest = None  # once it is needed
 
     @classmethod
@@ -76,17 +82,26 @@ class Vector(Mapping):
 
     def updated(self, entries):
         """Return this vector with other entries for some replicas."""
-        return Vector({**self._recent, **entries}, self._settled)
+        return Vector({**self._recent, **entries}, self._settled, self._earlier)
 
     def differing(self, other):
-        """Return the replicas whose entries differ, a set.  That is quick where the settled parts are the same."""
+        """Return the replicas whose entries differ, a set.  That is quick where the settled parts are related."""
         if self is other:
             return set()
         other = Vector.of(other)
         replicas = {replica for replica, _ in self._recent.items() ^ other._recent.items()}
         if self._settled is not other._settled:
-            replicas |= self._settled.differing(other._settled)
+            replicas |= self._resettled(other)
         return {replica for replica in replicas if self.get(replica) != other.get(replica)}
+
+    def _resettled(self, other):
+        """Return all replicas whose settled entries differ, and perhaps others, a set."""
+        for later, settled in ((self, other._settled), (other, self._settled)):
+            if settled in later._earlier:
+                between = later._settled, *later._earlier[: later._earlier.index(settled)]
+                if all(one.changed is not None for one in between):
+                    return {replica_of(bits) for one in between for bits in one.changed}
+        return self._settled.differing(other._settled)
 
     def beyond(self, other):
         """Return [(replica, sequence, sequence in the other)] of the entries that are greater here than there."""
@@ -111,13 +126,17 @@ class Vector(Mapping):
         return Summary(0, dict(self))
 
     def completed(self, summary):
-        """Return the vector that a Summary is of; None if its other entries are not the same as here."""
+        """Return the vector that a Summary is of; None if its other entries are not, or were not, the same here."""
         if not summary.rest:
             return self._like(summary.recent)
         if not summary.recent:
             return self if summary == self.digest() else None
-        same = self._hash_without(summary.recent) == summary.rest
-        return self.updated(summary.recent) if same else None
+        if self._hash_without(summary.recent) == summary.rest:
+            return self.updated(summary.recent)
+        for settled in (self._settled, *self._earlier):
+            if settled.hash_without(summary.recent) == summary.rest:
+                return Vector(summary.recent, settled)
+        return None
 
     def _like(self, entries):
         """Return the vector with these entries, on the settled part of this one if most are in there.
@@ -134,8 +153,8 @@ class Vector(Mapping):
     def _hash_without(self, replicas):
         """Return the hash of the entries of all replicas but these."""
         rest = self._recent.keys() - replicas
-        hash = self._settled.hash + sum(_hash(replica, self._recent[replica]) for replica in rest)
-        return (hash - self._settled.hash_of(*rest, *replicas)) % 2**HASH_BITS
+        hash = sum(_hash(replica, self._recent[replica]) for replica in rest)
+        return (hash + self._settled.hash_without([*rest, *replicas])) % 2**HASH_BITS
 
 
 class _Run(namedtuple("_Run", "bits sequences")):
@@ -158,14 +177,15 @@ class _Run(namedtuple("_Run", "bits sequences")):
 class _Settled:
     """Entries that never change, 16 bytes each; `hash` is that of all of them.
 
-    They are in runs, of which a later one takes precedence and is at most half as long.  What is updated shares
-    most runs with what it was made from, so comparing the two costs what has changed.
+    They are in runs, of which a later one takes precedence and is at most a quarter as long.  What is updated
+    shares most runs with what it was made from; `changed` has the bits of the replicas that were updated then,
+    or None if they were many.
     """
 
-    __slots__ = ("_length", "_runs", "hash")
+    __slots__ = ("_length", "_runs", "changed", "hash")
 
-    def __init__(self, runs, length, hash):
-        self._runs, self._length, self.hash = runs, length, hash
+    def __init__(self, runs, length, hash, changed=None):
+        self._runs, self._length, self.hash, self.changed = runs, length, hash, changed
 
     def __len__(self):
         return self._length
@@ -188,9 +208,10 @@ class _Settled:
                 return sequence
         return 0
 
-    def hash_of(self, *replicas):
-        """Return the hash of the entries of some replicas."""
-        return sum(_hash(replica, self.get(replica)) for replica in replicas) if self._runs else 0
+    def hash_without(self, replicas):
+        """Return the hash of the entries of all replicas but these."""
+        left_out = sum(_hash(replica, self.get(replica)) for replica in replicas) if self._runs else 0
+        return (self.hash - left_out) % 2**HASH_BITS
 
     def updated(self, entries):
         """Return these entries with others for some replicas, {replica: sequence}; 0 drops one."""
@@ -201,12 +222,12 @@ class _Settled:
             new[bits] = sequence
             length += bool(sequence) - bool(before)
             hash += _hash(replica, sequence) - _hash(replica, before)
-        runs = list(self._runs)
-        while runs and len(runs[-1].bits) < 2 * len(new):
+        runs, changed = list(self._runs), array("Q", new) if len(new) < self._length else None
+        while runs and len(runs[-1].bits) < 4 * len(new):
             new = {**dict(zip(*runs.pop(), strict=True)), **new}
         if not runs:
             new = {bits: sequence for bits, sequence in new.items() if sequence}
-        return _Settled((*runs, _Run.of(new)), length, hash % 2**HASH_BITS)
+        return _Settled((*runs, _Run.of(new)), length, hash % 2**HASH_BITS, changed)
 
     def differing(self, other):
         """Return the replicas whose entries differ, a set."""
@@ -226,7 +247,8 @@ class Changes:
     """
 
     def __init__(self):
-        self._young, self._old, self._settled = set(), set(), NOTHING
+        self._young, self._old = set(), set()
+        self._settled, self._earlier = NOTHING, ()
         self._turned_at = -float("inf")
 
     def touch(self, replica):
@@ -237,7 +259,7 @@ class Changes:
         """Return the Vector as it is now."""
         recent = {replica: held(replica) for replica in {own, *self._young, *self._old}}
         gone = {replica for replica, sequence in recent.items() if not sequence and not self._settled.get(replica)}
-        return Vector({replica: recent[replica] for replica in recent.keys() - gone}, self._settled)
+        return Vector({replica: recent[replica] for replica in recent.keys() - gone}, self._settled, self._earlier)
 
     def settle(self, own, held):
         """Settle all that has changed: it was read from a file, and will not change soon."""
@@ -246,7 +268,8 @@ class Changes:
 
     def grow_older(self, own, held, now):
         """Settle what has not changed for a while; return whether there was anything."""
-        if now - self._turned_at < SETTLING_S and max(len(self._young), len(self._old)) <= CROWD:
+        is_crowded = max(len(self._young), len(self._old)) > CROWD
+        if now - self._turned_at < (CROWDED_S if is_crowded else SETTLING_S):
             return False
         quiet = self._old - self._young - {own}
         self._settle(quiet, held)
@@ -255,6 +278,7 @@ class Changes:
 
     def _settle(self, quiet, held):
         if quiet:
+            self._earlier = (self._settled, *self._earlier)[:EARLIER]
             self._settled = self._settled.updated({replica: held(replica) for replica in quiet})
 
 

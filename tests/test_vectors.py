@@ -8,7 +8,7 @@ import pytest
 from halves import AT_A, AT_ME, ME, NOBODY, A, B, C, Half, talk
 
 from counter import APPLIED, Counter, Delta, cancelling_replica, new_replica, vectors
-from counter.vectors import CROWD, SETTLING_S, Changes, Summary, lacks
+from counter.vectors import CROWD, EARLIER, SETTLING_S, Changes, Summary, lacks
 from counter.wire import Message, Sender, decode, encode
 
 
@@ -63,8 +63,7 @@ def test_a_summary_tells_the_whole_vector_where_the_rest_is_the_same(seed):
     assert after.digest() == a_vector(rng, dict(after)).digest() == Summary(after.digest().rest, {})
     for summary in (after.summary(), after.summary(rng.sample(sorted(entries), 3))):
         found = before.completed(summary)
-        assert (found is None) == (not listed <= summary.recent.keys() and bool(summary.rest))
-        assert found is None or found == after
+        assert found == after or (found is None and not listed <= summary.recent.keys() and summary.rest)
 
 
 def test_only_what_has_been_quiet_for_a_while_is_settled():
@@ -102,6 +101,27 @@ def test_a_crowd_settles_soon():
     assert changes.vector(ME, lambda id: held.get(id, 0)).summary().recent == {A: 1}
 
 
+def test_a_peer_that_lags_behind_is_understood():
+    """It lacks what has settled here since, and lists what it heard of itself: that is all it has to say."""
+    changes, held = Changes(), {ME: 1}
+
+    def turn(now, *replicas):
+        for replica in replicas:
+            changes.touch(replica)
+            held[replica] = 1
+        changes.grow_older(ME, lambda id: held.get(id, 0), now)
+        return changes.vector(ME, lambda id: held.get(id, 0))
+
+    for number in range(EARLIER):
+        turn(number * SETTLING_S, f"{number:08x}-1111-8111")
+    late = EARLIER * SETTLING_S
+    lagging = turn(late).updated({A: 5})
+    for number in range(EARLIER):
+        here = turn(late + (number + 1) * SETTLING_S, f"{number:08x}-2222-8222")
+        assert here.completed(lagging.summary()) == lagging
+        assert len(here.differing(lagging)) == number + 2
+
+
 def test_settled_entries_are_small():
     """16 bytes each, and shared by all vectors that are made."""
     counter = with_a_past(Half(), 2000).counter
@@ -134,6 +154,22 @@ def two_states_of_a_long_past(number=20_000, more=100):
         changes.settle(ME, lambda id: held.get(id, 0))
         found.append(changes.vector(ME, lambda id: held.get(id, 0)))
     return *found, added
+
+
+def test_comparing_with_what_had_settled_before_looks_up_what_has_changed_only(monkeypatch):
+    """However the runs were merged meanwhile."""
+    changes, held, found, looked_up = Changes(), {ME: 1}, [], []
+    for number in range(EARLIER):
+        for replica in (f"{number:08x}-{other:04x}-8111" for other in range(500 if not number else 100)):
+            changes.touch(replica)
+            held[replica] = 1
+        changes.settle(ME, lambda id: held.get(id, 0))
+        found.append(changes.vector(ME, lambda id: held.get(id, 0)))
+    monkeypatch.setattr(vectors._Settled, "_find", lambda _, bits: looked_up.append(bits) or 0)
+    for number, earlier in enumerate(found[:-1]):
+        looked_up.clear()
+        earlier.differing(found[-1])
+        assert len(looked_up) == 2 * 100 * (EARLIER - 1 - number)
 
 
 def test_comparing_settled_parts_costs_what_has_changed():
