@@ -1,6 +1,6 @@
 """Lets every single allocation of an operation fail once, and looks whether the counter is still right.
 
-    python tests/memory_faults.py        prints a line for each operation; exit status 1 if a count was wrong
+    python tests/memory_faults.py [OPERATION ...]    prints a line for each; exit status 1 if a count was wrong
 
 Each attempt runs in a process of its own: a failing allocation may end the interpreter, which is a
 crash, and no wrong count.
@@ -164,8 +164,8 @@ def outcomes(operation):
 
 def main():
     wrong = False
-    for name, operation in OPERATIONS.items():
-        found = outcomes(operation)
+    for name in sys.argv[1:] or OPERATIONS:
+        found = outcomes(OPERATIONS[name])
         crashes = sum(number for status, number in found.items() if status < 0)
         bad = sum(found.values()) - found[FAILED] - found[UNHARMED] - crashes
         print(f"{name}: {found[FAILED]} changed nothing, {bad} did harm, {crashes} ended the interpreter", flush=True)
