@@ -123,7 +123,8 @@ class Vector(Mapping):
 
     def listing(self):
         """Return the Summary that lists all entries."""
-        return Summary(0, dict(self))
+        entries = self._settled.as_dict() | self._recent
+        return Summary(0, {replica: sequence for replica, sequence in entries.items() if sequence})
 
     def completed(self, summary):
         """Return the vector that a Summary is of; None if its other entries are not, or were not, the same here."""
@@ -143,12 +144,11 @@ class Vector(Mapping):
 
         Then comparing the two is quick from now on.
         """
-        settled = self._settled
-        if not len(settled) < 2 * len(entries) < 4 * len(settled):
+        if not len(self._settled) < 2 * len(entries) < 4 * len(self._settled):
             return Vector(entries)
-        recent = {replica: sequence for replica, sequence in entries.items() if settled.get(replica) != sequence}
-        recent.update((replica, 0) for replica in settled if replica not in entries)
-        return Vector(recent, settled) if 2 * len(recent) < len(entries) else Vector(entries)
+        settled = self._settled.as_dict()
+        recent = dict(entries.items() - settled.items()) | dict.fromkeys(settled.keys() - entries.keys(), 0)
+        return Vector(recent, self._settled) if 2 * len(recent) < len(entries) else Vector(entries)
 
     def _hash_without(self, replicas):
         """Return the hash of the entries of all replicas but these."""
@@ -191,11 +191,14 @@ class _Settled:
         return self._length
 
     def __iter__(self):
-        for place, run in enumerate(self._runs):
-            later = self._runs[place + 1 :]
-            for bits, sequence in zip(run.bits, run.sequences, strict=True):
-                if sequence and all(other.get(bits) is None for other in later):
-                    yield replica_of(bits)
+        return iter(self.as_dict())
+
+    def as_dict(self):
+        """Return all entries as {replica: sequence}."""
+        found = {}
+        for run in self._runs:
+            found.update(zip(run.bits, run.sequences, strict=True))
+        return {replica_of(bits): sequence for bits, sequence in found.items() if sequence}
 
     def get(self, replica):
         """Return the sequence of a replica, 0 if it has none."""
@@ -239,42 +242,68 @@ class _Settled:
 NOTHING = _Settled((), 0, 0)
 
 
+class _Generations:
+    """Replicas whose entries changed lately, in two generations: so nothing has to be remembered per replica."""
+
+    def __init__(self):
+        self.young, self.old = set(), set()
+        self._turned_at = -float("inf")
+
+    def __contains__(self, replica):
+        return replica in self.young or replica in self.old
+
+    def turn(self, now, after_s):
+        """Return those that did not change for a generation, if it is over; a new one begins then."""
+        if now - self._turned_at < after_s:
+            return set()
+        quiet = self.old - self.young
+        self.young, self.old, self._turned_at = set(), self.young, now
+        return quiet
+
+
 class Changes:
     """Which replicas changed lately, and so what of a vector is settled.  Not for several threads at once.
 
-    Two generations of changes are kept, so that nothing has to be remembered per replica.  `own` is the
-    replica that counts here, which never settles; held(replica) returns the sequence of any, 0 if none.
+    A crowd of new entries settles soon.  An entry that was there before will likely change again, as it is that of an
+    active node: if it settled with the crowd, at different times on different nodes, their settled parts would differ.
+
+    `own` is the replica that counts here, which never settles; held(replica) returns the sequence of any, 0 if none.
     """
 
     def __init__(self):
-        self._young, self._old = set(), set()
+        self._new, self._changed = _Generations(), _Generations()
         self._settled, self._earlier = NOTHING, ()
-        self._turned_at = -float("inf")
 
     def touch(self, replica):
         """Take note that the entry of a replica is about to change, or to go."""
-        self._young.add(replica)
+        if replica in self._new or replica in self._changed or self._settled.get(replica):
+            self._new.young.discard(replica)
+            self._new.old.discard(replica)
+            self._changed.young.add(replica)
+        else:
+            self._new.young.add(replica)
+
+    def _lately(self):
+        """Return the replicas whose entries are not settled."""
+        return self._new.young | self._new.old | self._changed.young | self._changed.old
 
     def vector(self, own, held):
         """Return the Vector as it is now."""
-        recent = {replica: held(replica) for replica in {own, *self._young, *self._old}}
+        recent = {replica: held(replica) for replica in {own, *self._lately()}}
         gone = {replica for replica, sequence in recent.items() if not sequence and not self._settled.get(replica)}
         return Vector({replica: recent[replica] for replica in recent.keys() - gone}, self._settled, self._earlier)
 
     def settle(self, own, held):
         """Settle all that has changed: it was read from a file, and will not change soon."""
-        self._settle((self._young | self._old) - {own}, held)
-        self._young, self._old = set(), set()
+        self._settle(self._lately() - {own}, held)
+        self._new, self._changed = _Generations(), _Generations()
 
     def grow_older(self, own, held, now):
         """Settle what has not changed for a while; return whether there was anything."""
-        is_crowded = max(len(self._young), len(self._old)) > CROWD
-        if now - self._turned_at < (CROWDED_S if is_crowded else SETTLING_S):
-            return False
-        quiet = self._old - self._young - {own}
-        self._settle(quiet, held)
-        self._young, self._old, self._turned_at = set(), self._young, now
-        return bool(quiet)
+        is_crowd = max(len(self._new.young), len(self._new.old)) > CROWD
+        quiet = self._new.turn(now, CROWDED_S if is_crowd else SETTLING_S) | self._changed.turn(now, SETTLING_S)
+        self._settle(quiet - {own}, held)
+        return bool(quiet - {own})
 
     def _settle(self, quiet, held):
         if quiet:

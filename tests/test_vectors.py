@@ -101,6 +101,25 @@ def test_a_crowd_settles_soon():
     assert changes.vector(ME, lambda id: held.get(id, 0)).summary().recent == {A: 1}
 
 
+def test_what_has_changed_before_does_not_settle_with_a_crowd():
+    """It is the entry of an active node: at another node it may settle with another crowd, and so in another state."""
+    changes, held = Changes(), {ME: 1, A: 0}
+
+    def recent(now):
+        changes.grow_older(ME, lambda id: held.get(id, 0), now)
+        return changes.vector(ME, lambda id: held.get(id, 0)).summary().recent
+
+    for now in range(4):
+        crowd = [f"{number:08x}-{now:04x}-8111" for number in range(CROWD + 1)]
+        held.update(dict.fromkeys(crowd, 1), **{A: now + 1})
+        for replica in (A, *crowd):
+            changes.touch(replica)
+        recent(float(now))
+    assert recent(4.0) == recent(SETTLING_S - 1) == {ME: 1, A: 4}
+    recent(SETTLING_S + 1)
+    assert recent(2 * SETTLING_S + 2) == {ME: 1}
+
+
 def test_a_peer_that_lags_behind_is_understood():
     """It lacks what has settled here since, and lists what it heard of itself: that is all it has to say."""
     changes, held = Changes(), {ME: 1}
