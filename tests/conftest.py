@@ -24,6 +24,7 @@ from counter_server import Node
 
 PROJECT = Path(__file__).parent.parent
 FAST = ("--heartbeat-interval", "0.2", "--peer-timeout", "1.5")  # seconds; a cluster that tests can wait for
+PATIENT = ("--peer-timeout", "30")  # seconds; for a cluster under load, in which a peer that is slow is not lost
 
 
 def wait_until(condition, timeout_s=15.0):

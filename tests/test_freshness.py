@@ -6,7 +6,7 @@ import time
 
 import pytest
 from clients import problem
-from conftest import wait_until
+from conftest import PATIENT, wait_until
 from faults import BadNetwork
 from halves import AT_A, AT_B, A, B, C, Half, answer, talk
 from simulation import Network
@@ -15,7 +15,6 @@ from counter import Delta
 from counter.wire import View
 
 AT_C = "10.0.0.3:80"
-PATIENT = ("--peer-timeout", "30")  # seconds; for a cluster that is under load: a peer that is slow is not lost
 
 
 def met(*ids):

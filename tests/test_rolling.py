@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import wait_until
+from conftest import PATIENT, wait_until
 
 NAMES = ["a", "b", "c"]
 
@@ -31,7 +31,8 @@ def test_rolling_restarts_leave_nothing(start_node, tmp_path, with_data):
     """Every process counts, and is restarted, three times; in the end only those that live are in a vector."""
 
     def start(number, peers):
-        return start_node(*(("--data", tmp_path / f"{number}.db") if with_data else ()), peers=peers)
+        file = ("--data", tmp_path / f"{number}.db") if with_data else ()
+        return start_node(*PATIENT, *file, peers=peers)
 
     nodes, expected = [], dict.fromkeys(NAMES, 0)
     for number in range(3):
