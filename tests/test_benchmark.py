@@ -68,6 +68,16 @@ def test_a_flood_is_watched():
     assert [line.split(" asked ")[1].split()[:2] for line in lines] == [["0", "failed"]] * 5
 
 
+def test_idle_and_busy_connections_are_all_answered():
+    command = [sys.executable, PROJECT / "benchmarks" / "connections.py"]
+    few = shlex.split("--idle 50 --busy 20 --seconds 0.5")
+    result = subprocess.run([*command, *few], check=False, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+    first, second = result.stdout.splitlines()
+    assert first.startswith("50 idle: ")
+    assert second.startswith("20 busy beside them: ")
+
+
 def test_fresh_reads_are_never_stale():
     """The script counts them under load, beside plain reads."""
     command = [sys.executable, PROJECT / "benchmarks" / "fresh_reads.py", "--nodes", "3", "--reads", "40"]
