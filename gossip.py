@@ -13,7 +13,7 @@ from counter.deltas import APPLIED, GAP, NEEDS
 from counter.freshness import Freshness
 from counter.ids import SEQUENCE_MAX
 from counter.leaving import Leaving, all_absorb
-from counter.links import LINK_IDLE_S
+from counter.links import LINK_IDLE_S, NEVER, WANTS_AGAIN_S
 from counter.past import Past
 from counter.roster import LOST
 from counter.vectors import Vector
@@ -56,6 +56,7 @@ class Gossip:
         self.past.look(now)
         self._absorb()
         if not self._joining.ready:
+            self._links.compare_soon(self._joining.givers.end(self._links.is_failing), now)
             refusals = self._links.refusals(self._table.seed_addresses())
             own, mine = self._counter.replica, self._counter.vector()
             self._joining.look(now, own, mine, self._table.present(), refusals)
@@ -77,10 +78,12 @@ class Gossip:
         lost = {peer.id for peer in self._table.snapshot(now) if peer.state == LOST}
         self._confirmations.forget_idle(now - LINK_IDLE_S, lost | self._links.push_peers())
 
-    def _heard_vector(self, sender, vector, mine):
+    def _heard_vector(self, sender, address, vector, mine, now):
         if not self._joining.ready:
             self._joining.heard(sender.id, sender.ready, vector, mine)
             self._say_if_ready()
+            lacks = self._counter.lacks(mine, vector)
+            self._links.compare_soon(self._joining.givers.compared(address, sender.id, lacks), now)
 
     # A message to another node, and its answer.
 
@@ -100,12 +103,18 @@ class Gossip:
             deltas = self._deltas(self._table.v_of(to), known, now) if known is not None and not link.failures else []
             deltas = self._confirmations.requested(to, deltas, now)
             summary = _summary(vector, known, link.listed) if self._table.v_of(to) >= SUMMARIES_SINCE else None
-            return Message(sender, view, vector, summary, None, deltas, to=to, number=number, clock=now)
+            wants = self._wants(to, vector) or (not link.failures and self._joining.givers.take(link.address, to, now))
+            return Message(sender, view, vector, summary, None, deltas, to=to, number=number, clock=now, wants=wants)
         delta = self._counter.delta(replica, known.get(replica, 0), now)
         deltas = self._confirmations.requested(to, [delta], now) if delta else []
         if not deltas:
             return None
         return Message(self._table.sender(), NO_VIEW, None, None, None, deltas, to=to, number=number, clock=now)
+
+    def _wants(self, peer, mine):
+        """Return whether a peer may send what it holds, whoever else does; `mine` is the vector of this node."""
+        shown = self._confirmations.vectors.get(peer)
+        return self._joining.ready or (shown is not None and not self._counter.lacks(mine, shown))
 
     def _deltas(self, v, known, now):
         """Return what a peer lacks that holds the vector `known`, as far as one with a version `v` understands it."""
@@ -144,20 +153,22 @@ class Gossip:
         confirmed = before if shown is None else shown
         if confirmed is not None and answer.confirms:  # beside a vector, they say what was absorbed there
             confirmed = confirmed.updated(answer.confirms)
-        self._confirmations.confirm(peer, confirmed, now)
+        self._confirmations.confirm(peer, confirmed if answer.wants else None, now)
         if request.sender.leaving:
             self._confirmations.knows_of_leaving(peer)
-        again = hold = False
+        again, push_at = False, -NEVER
         if peer != own and request.applied is None:
             again = _was_not_taken(request, answer, confirmed)
         elif peer != own:
             if shown is not None:
-                self._heard_vector(answer.sender, shown, mine)
+                self._heard_vector(answer.sender, link.address, shown, mine, now)
                 if not self._counter.lacks(mine, shown):
                     self.freshness.compared(peer, link.last_sent_at, now)
-            again, hold = self._follow_up(request, answer, before, shown, confirmed, mine, merged)
+            again, push_at = self._follow_up(request, answer, before, shown, confirmed, mine, merged)
+            if not answer.wants:
+                again, push_at = again and merged, now + WANTS_AGAIN_S
         self._membership_changed(contact, changes, now)
-        self._links.answered(link, peer, again, hold, now)  # the last thing: from here on it may be another thread's
+        self._links.answered(link, peer, again, push_at, now)  # the last thing: from here on it may be another thread's
 
     def _introduced(self, link, answer, now):
         """Take note of who answers at an address: a request was for another process, or its number was not new."""
@@ -174,20 +185,21 @@ class Gossip:
             log.warning("wall clocks differ: addr=%s skew_s=%+.1f", answer.sender.address, skew_s)
 
     def _follow_up(self, request, answer, before, shown, confirmed, mine, merged):
-        """Return whether to compare vectors once more, and whether to push nothing before the next heartbeat."""
+        """Return whether to compare vectors once more, and when to push again."""
         own, lacks = request.sender.id, self._counter.lacks
         if shown is None:
-            return True, False
+            return True, -NEVER
         if shown.get(own) < _sent(request) or self._withholds(answer.sender.v, shown):
             # It did not take what this node counted, nor will it unless that changes.
-            return False, (before or NOTHING_HELD).get(own) == shown.get(own)
+            return False, NEVER if (before or NOTHING_HELD).get(own) == shown.get(own) else -NEVER
         # The peer could make sense of a summary only if it listed all that differs.
         understood = request.summary is None or request.applied.differing(shown) <= request.summary.recent.keys()
         if not (merged or before is None or confirmed != before or not understood):  # the next heartbeat is soon enough
-            return False, False
+            return False, -NEVER
         # Compared with what was held as the request was cut: of what arrived since, its own node tells
         # the peer.  What came in a long answer the peer sends on from only once it knows that it arrived.
-        return is_long(answer.deltas) or lacks(mine, shown) or lacks(confirmed, request.applied), False
+        news = request.wants and lacks(mine, shown)
+        return is_long(answer.deltas) or news or lacks(confirmed, request.applied), -NEVER
 
     # What others send.
 
@@ -214,10 +226,11 @@ class Gossip:
             # What it counts itself it knows best.
             held = self._with_absorbed(id, shown, mine)
             known = self._confirmations.to_send_from(id, now, held).updated({id: SEQUENCE_MAX})
-            deltas = self._deltas(message.sender.v, known, now)
+            deltas = self._deltas(message.sender.v, known, now) if message.wants else []
             if id != replica:
-                deltas = self._confirmations.confirm(id, held, now, answered=deltas)
-                self._heard_vector(message.sender, shown, mine)
+                # Unless it is known what a peer holds, nothing is sent to it.
+                deltas = self._confirmations.confirm(id, held if message.wants else None, now, answered=deltas)
+                self._heard_vector(message.sender, message.sender.address, shown, mine, now)
         if compares and message.sender.address:
             self._links.heard_from(message.sender.address)
         self._membership_changed(contact, changes, now)
@@ -230,11 +243,13 @@ class Gossip:
         if not compares:
             return Message(sender, view, None, None, confirms, [], refused, clock=now)
         if sender.leaving:
-            sender = self._leaving_sender(message.sender, sender, shown is None or deltas)
+            sender = self.leaving.sender(message.sender, sender, shown is None or deltas or not message.wants)
         summary = None
         if message.summary is not None:
             summary = _summary(mine, shown, message.summary.recent if shown is None else mine.differing(shown))
-        return Message(sender, view, mine, summary, confirms, deltas, refused, clock=now)
+        address = message.sender.address
+        wants = self._wants(id, mine) or not address or self._links.is_failing(address)  # else it is asked
+        return Message(sender, view, mine, summary, confirms, deltas, refused, clock=now, wants=wants)
 
     def _with_absorbed(self, peer, shown, mine):
         """Return the vector that a peer shows, with what it held before: it has absorbed what is not in it any more.
@@ -256,18 +271,7 @@ class Gossip:
         """Take note that bytes of a long message pass from or to a peer."""
         self._table.progress(id, now)
         self._confirmations.progress(id, now)
-
-    def _leaving_sender(self, asking, sender, lacks_something):
-        """Return what an answer says of this node, which leaves, to a peer that asked by itself.
-
-        One that cannot be dialled hears nothing else.  While it lacks something it is not told, so
-        that it comes back and shows that it has got that.
-        """
-        if lacks_something:
-            return sender._replace(leaving=False)
-        if self._links.is_failing(asking.address):
-            self._confirmations.knows_of_leaving(asking.id)
-        return sender
+        self._joining.givers.progress(id, now)
 
     def _merge(self, message, cut_at):
         """Merge the deltas of a message; return what each was found to be, by its replica."""

@@ -8,14 +8,19 @@ has caught up with every peer it has heard of, and that no seed refuses it.
 This cannot deadlock: among nodes that can reach each other, one eventually has heard of all, becomes
 ready, and makes the others ready.  A node waits for ever only if it was told of increments that no
 other node gives it, or while a seed refuses it; the log and /readyz then say so.
+
+All that its peers hold may be much, and each would send it.  So a node takes it from one of them: see Givers.
 """
 
 import logging
 import threading
 
+from counter.confirmations import NEVER, STALLED_S
 from counter.vectors import lacks
 
 log = logging.getLogger("counter.peers")
+
+PATIENCE_S = 300.0  # with those who give and get on slowly, before a further one gives as well
 
 
 class _Goal:
@@ -24,6 +29,65 @@ class _Goal:
     def __init__(self, vector, is_ready):
         self.vector = vector  # None once this node holds all of it
         self.is_ready = is_ready  # the peer was ready as it said so
+
+
+class Givers:
+    """From whom a node that joins takes what it lacks.  Threads may call anything at any time.
+
+    It is one peer at a time: the first that is asked, until it has given all that it showed, or fails.  It gives
+    in its answers: peers are told to send nothing else as long as that takes.  But nobody is waited for without end:
+    whenever those that give have not got on for STALLED_S, or have not ended within PATIENCE_S, a further one
+    may give as well.
+    """
+
+    def __init__(self):
+        # Guards everything below.  Held for dictionary work only, never together with another.
+        self._lock = threading.Lock()
+        self._givers = {}  # address that was asked -> id of the peer there
+        self._more_at = self._patient_until = -NEVER  # when a further one may give as well; at most until when not
+        self._put_off = {}  # addresses of others that hold more, as an ordered set
+
+    def take(self, address, peer, now):
+        """Return whether the peer at an address is to give, if it is asked now.
+
+        A second address of one that gives is not: it would give all of it twice.
+        """
+        with self._lock:
+            if address not in self._givers and (not self._givers or now >= self._more_at):
+                self._givers[address] = peer
+                self._more_at, self._patient_until = now + STALLED_S, now + PATIENCE_S
+            return address in self._givers
+
+    def progress(self, peer, now):
+        """Record that bytes of a long message pass from or to a peer."""
+        with self._lock:
+            if peer in self._givers.values():
+                self._more_at = min(now + STALLED_S, self._patient_until)
+
+    def compared(self, address, peer, lacks):
+        """Record whether this node lacks something of what a peer has shown; return the addresses to ask now."""
+        with self._lock:
+            if not lacks:
+                self._givers = {address: id for address, id in self._givers.items() if id != peer}
+            elif peer not in self._givers.values() and address:
+                self._put_off[address] = None
+            return self._to_ask_locked()
+
+    def end(self, is_failing):
+        """Take it from others than those where `is_failing(address)`; return the addresses to ask now."""
+        with self._lock:
+            givers = list(self._givers)
+        failing = list(filter(is_failing, givers))
+        with self._lock:
+            for address in failing:
+                self._givers.pop(address, None)
+            return self._to_ask_locked()
+
+    def _to_ask_locked(self):
+        if self._givers:
+            return []
+        addresses, self._put_off = list(self._put_off), {}
+        return addresses
 
 
 class Joining:
@@ -39,6 +103,7 @@ class Joining:
         self._lock = threading.Lock()
         self._goals = {}  # id of a peer -> _Goal
         self._began_at = None
+        self.givers = Givers()
         self.ready = not has_seeds  # once it is ready, a node stays so
         self.waits_for = "a peer that is ready"
 

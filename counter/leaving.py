@@ -20,7 +20,7 @@ def all_absorb(table):
 
 
 class Leaving:
-    """What a node does that stops in order.  For one thread."""
+    """What a node does that stops in order.  end() and drain() are for one thread."""
 
     def __init__(self, counter, table, links, confirmations):
         self._counter, self._table, self._links, self._confirmations = counter, table, links, confirmations
@@ -61,6 +61,18 @@ class Leaving:
                 peers = {peer.id for peer in self._table.snapshot(clock())}
                 return self._is_handed_over(mine), self._confirmations.held_by_none(mine, peers)
             self._confirmations.wait(is_over, min(RETRY_LOST_S, left_s))
+
+    def sender(self, asking, sender, lacks_something):
+        """Return what an answer says of this node, which leaves, to a peer that asked by itself.
+
+        One that cannot be dialled hears nothing else.  While it lacks something it is not told, so
+        that it comes back and shows that it has got that.
+        """
+        if lacks_something:
+            return sender._replace(leaving=False)
+        if self._links.is_failing(asking.address):
+            self._confirmations.knows_of_leaving(asking.id)
+        return sender
 
     def _is_handed_over(self, mine):
         """Return whether all active peers hold `mine` and know that this node leaves.

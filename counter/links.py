@@ -14,6 +14,7 @@ import threading
 log = logging.getLogger("counter.replication")
 
 NEVER = float("inf")
+WANTS_AGAIN_S = 1.0  # after which a peer that wants nothing now is asked whether it does
 PACING_S = 0.01  # between two pushes to one peer, times the number of push links
 STREAM = 10  # increments in one push that show that many are being counted: the next ones come less often
 STREAM_PACING_S = 0.05  # at most, then: so that increments reach all nodes within 100 ms
@@ -295,15 +296,15 @@ class Links:
             return 0.0
         return min(STREAM_PACING_S, 2 * max(link.pacing_s, self._pacing_s_locked()))
 
-    def answered(self, link, peer, again=False, hold=False, now=0.0):
+    def answered(self, link, peer, again=False, push_at=-NEVER, now=0.0):
         """Record that `peer`, a replica id, gave a good answer; the link is free again.
 
-        With `again`, compare vectors once more, soon; with `hold`, push nothing until a heartbeat is
-        answered.
+        With `again`, compare vectors once more, soon.  Push nothing before `push_at`; if that is NEVER,
+        before a heartbeat is answered.
         """
         with self._lock:
             recovered, link.failures, link.refusal = link.failures > 0, 0, None
-            link.retry_at = NEVER if hold else -NEVER
+            link.retry_at = push_at
             link.peer = peer
             self._release_locked(link)
             if again:

@@ -42,10 +42,10 @@ _HASH = re.compile("[0-9a-f]{32}\\Z")
 # wall: what its wall clock shows, in seconds since 1970, None from nodes that do not say it
 Sender = namedtuple("Sender", "id address beat leaving version ready v wall", defaults=(None, False, VERSION, None))
 View = namedtuple("View", "peers left")  # peers: [(id, address, beat)], left: [(id, its last beat)]
-_FIELDS = "sender view applied summary confirms deltas refused to number clock hash"
+_FIELDS = "sender view applied summary confirms deltas refused to number clock hash wants"
 
 
-class Message(namedtuple("Message", _FIELDS, defaults=({}, None, None, None, None))):
+class Message(namedtuple("Message", _FIELDS, defaults=({}, None, None, None, None, True))):
     """A request or its answer.
 
     `applied` is the complete vector of the sender; where there is a `summary`, that alone travels for
@@ -61,6 +61,9 @@ class Message(namedtuple("Message", _FIELDS, defaults=({}, None, None, None, Non
 
     `clock` is what the sender's clock showed as the message was cut, in seconds; None from nodes that do
     not say it: the ages of keys are as of then.
+
+    A message that compares vectors and does not `wants` asks to be sent nothing until another one does: its sender
+    joins, and takes what it lacks from another peer.  A node that does not know this field sends it all the same.
     """
 
     __slots__ = ()
@@ -106,6 +109,8 @@ def _head(message):
         head["clock"] = message.clock
     if message.hash is not None:
         head["hash"] = message.hash
+    if not message.wants:
+        head["wants"] = False
     if message.summary is not None:
         head |= {"rest": f"{message.summary.rest:032x}", "recent": {}}
     elif message.applied is not None:
@@ -258,20 +263,20 @@ class Decoder:
             sender, view = _sender(fields["from"], v), _view(fields.get("view", {"peers": [], "left": []}))
             applied, hash, confirms, to = map(fields.get, ("applied", "hash", "confirms", "to"))
             refused, number, clock = fields.get("refused", {}), fields.get("n"), fields.get("clock")
-            rest, recent = fields.get("rest"), fields.get("recent")
+            rest, recent, wants = fields.get("rest"), fields.get("recent"), fields.get("wants", True)
             require(rest is None or (_HASH.match(rest) and recent is not None), "a summary")
             summary = None if rest is None else Summary(int(rest, 16), recent)
             for vector in (applied, recent, confirms):
                 for replica, sequence in vector.items() if vector is not None else ():
                     require(REPLICA.match(replica) and is_int(sequence, 0, SEQUENCE_MAX), "a vector")
-            require(hash is None or type(hash) is str, "a hash")
+            require((hash is None or type(hash) is str) and type(wants) is bool, "a hash, or what it wants")
             require(all(REPLICA.match(replica) and _WORD.match(why) for replica, why in refused.items()), "a refusal")
             require(to is None or REPLICA.match(to), "whom it is for")
             require(number is None or is_int(number, 0, NUMBER_MAX), "a number")
             require(clock is None or (type(clock) in (int, float) and 0 <= clock < CLOCK_MAX_S), "a clock")
         except (TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
             raise ValueError(f"not a gossip message: {error}") from None
-        return Message(sender, view, applied, summary, confirms, deltas, refused, to, number, clock, hash)
+        return Message(sender, view, applied, summary, confirms, deltas, refused, to, number, clock, hash, wants)
 
 
 def decode(lines):

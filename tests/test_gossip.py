@@ -331,9 +331,10 @@ def asks(half, other, now):
         link = half.links.take(now)
         request = half.gossip.request(link, now)
         reply = other.gossip.receive(request, now)
-        if reply.number is None:
+        if reply.number is None and request.wants:
             return link, request, reply
         half.gossip.answered(link, request, reply, now)
+        now += 0.1
 
 
 def entries_in(*messages):
@@ -406,7 +407,7 @@ def test_a_long_request_that_failed_is_sent_again():
     old.gossip.swept([AT_ME], [], 1.0)
     assert entries_in(old.gossip.request(old.links.take(1.0), 1.0)) == 1500
     old.links.failed(link, OSError("reset"), 2.0)
-    assert entries_sent(old, new, 3.0, AT_ME) == 1500
+    assert entries_sent(old, new, 3.0, AT_ME) + entries_sent(new, old, 3.0) == 1500
     assert new.counter.vector() == old.counter.vector()
 
 
@@ -676,6 +677,8 @@ def test_draining_hands_over_to_a_peer_that_calls_and_cannot_be_dialled():
     node.links.failed(wait_until(lambda: node.links.take(time.monotonic())), OSError("no route"), time.monotonic())
     reply = node.hear(calls(2, {}), 1.0)
     assert ([delta.replica for delta in reply.deltas], reply.sender.leaving) == ([ME], False)
+    reply = node.hear(calls(2, {})._replace(wants=False), 1.5)  # it joins, and is getting that from another
+    assert (reply.deltas, reply.sender.leaving) == ([], False)
     assert node.hear(calls(3, {ME: 1}), 2.0).sender.leaving
     thread.join(10)
     assert drained == [(True, 0)]

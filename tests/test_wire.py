@@ -16,7 +16,7 @@ from counter.wire import SHORT, Message, Sender, View, decode, encode
 @pytest.mark.parametrize(
     "message",
     [
-        Message(A_SENDS, View([(B, AT_B, 3)], [(C, 5)]), {A: 5}, None, None, []),
+        Message(A_SENDS, View([(B, AT_B, 3)], [(C, 5)]), {A: 5}, None, None, [], wants=False),
         Message(A_SENDS._replace(version="1.2.3"), NOBODY, None, None, {A: 5}, [], {A: GAP, B: NEEDS}, hash="0" * 32),
         Message(A_SENDS, View([(B, AT_B, 3)], [(C, 5)]), None, Summary(2**127 + 1, {A: 5, B: 0}), None, []),
         Message(
@@ -144,6 +144,7 @@ def test_what_is_no_message_is_refused(body):
         with_sender() | {"applied": {A: 2**62}},
         with_sender() | {"applied": {A: "1"}},
         with_sender() | {"hash": 1},
+        with_sender() | {"wants": 1},
         with_sender() | {"rest": "0" * 32},
         with_sender() | {"rest": "0" * 31 + "g", "recent": {}},
         with_sender() | {"rest": 1, "recent": {}},
