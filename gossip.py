@@ -172,7 +172,7 @@ class Gossip:
 
     def _introduced(self, link, answer, now):
         """Take note of who answers at an address: a request was for another process, or its number was not new."""
-        contact, changes = self._table.heard(answer.sender, NO_VIEW, now, answered_at=link.address)
+        contact, changes = self._table.heard(answer.sender, NO_VIEW, now, answered_at=link.address, took=False)
         with self._lock:
             self._number = max(self._number, answer.number)
         self._membership_changed(contact, changes, now)

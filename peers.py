@@ -215,12 +215,12 @@ class PeerTable:
 
     # What messages say.
 
-    def heard(self, sender, view, now, answered_at=None):
+    def heard(self, sender, view, now, answered_at=None, took=True):
         """Take in what a message says; return (addresses to contact at once, [Change]).
 
-        `answered_at` is the address that was contacted, if the message is an answer; the sender then
-        owns that address.  A message proves its sender alive, since none is accepted twice.  What it
-        says of other nodes proves them alive only by a beat that is greater than the known one.
+        `answered_at` is the address that was contacted, if the message is an answer; the sender then owns that
+        address.  If it `took` nothing it is not active yet: it may never have heard of this node.  A message
+        proves its sender alive, since none is accepted twice; a beat greater than the known one proves others alive.
         """
         with self._lock:
             contact, changes = [], []
@@ -228,7 +228,7 @@ class PeerTable:
                 if answered_at:
                     self._roster.owners[answered_at] = self._own.id
                 return contact, changes
-            self._heard_of_sender_locked(sender, now, answered_at, contact, changes)
+            self._heard_of_sender_locked(sender, now, answered_at, took, contact, changes)
             peer_of = self._roster.peers.get
             for entry in view.peers:  # this loop is most of the work in a large cluster
                 peer = peer_of(entry[0])
@@ -252,7 +252,7 @@ class PeerTable:
             if peer:
                 peer.last_heard = max(peer.last_heard, now)
 
-    def _heard_of_sender_locked(self, sender, now, answered_at, contact, changes):
+    def _heard_of_sender_locked(self, sender, now, answered_at, took, contact, changes):
         roster = self._roster
         if answered_at:
             self._claim_address_locked(answered_at, sender.id, changes)
@@ -271,7 +271,7 @@ class PeerTable:
             self._views.contacted(peer)
         if address == self._own.address:
             self._report_conflict_locked(peer.id, now, changes)
-        if peer.state == ACTIVE:
+        if peer.state == ACTIVE or not took:
             return
         owner = roster.owner(address)
         if not answered_at and owner and owner is not peer and owner.state == ACTIVE:

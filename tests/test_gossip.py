@@ -727,6 +727,18 @@ def test_draining_alone_ends_at_once():
 # Messages are for one process, and once.
 
 
+def test_a_peer_is_met_once_it_has_taken_a_message():
+    """Who only said who it is has never heard of this node, nor would others hear of it from there."""
+    node, peer = Half(), Half(A, AT_A)
+    node.links.compare_soon([AT_A], 0.0)
+    for met in ([], [(A, AT_A)]):
+        link = node.links.take(0.0)
+        request = node.gossip.request(link, 0.0)
+        node.gossip.answered(link, request, peer.gossip.receive(request, 0.0), 0.0)
+        assert node.table.active() == met
+        assert [id for id, _ in peer.table.active()] == [ME] * len(met)
+
+
 def test_a_first_contact_asks_who_is_there_and_tells_nothing():
     node, peer = Half(), Half(A, AT_A)
     node.counter.increment("x")
