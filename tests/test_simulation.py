@@ -303,6 +303,7 @@ def test_windows_end_everywhere_whatever_the_network_and_the_clocks_do(seed):
     assert [node.counter.held_windows for node in network.alive()] == [0] * 5
     assert [node.counter.sizes()[0] for node in network.alive()] == [0] * 5
     assert network.converged()
+    network.crash(ADDRESSES[0])
     restarted = network.start(ADDRESSES[0], seeds=ADDRESSES)
     assert network.run_until(network.converged, 30)
     assert restarted.counter.held_windows == 0
