@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from key_schedules import BREAKS, Schedule
 
 from counter.keys import FORGOTTEN_AT_ONCE, KeyRecords, KeyTable, TooManyKeys, Use
 
@@ -157,3 +158,18 @@ def test_records_are_read_piece_by_piece():
     assert len(records) == 3
     with pytest.raises(ValueError, match="out of order"):
         records.extend([(4, digest, "x", 1, 0)])
+
+
+@pytest.mark.parametrize("first", range(0, 12, 4))
+def test_each_request_counts_once_whatever_waits_and_expires(first):
+    schedules = [Schedule(seed) for seed in range(first, first + 4)]
+    assert [schedule.run() for schedule in schedules] == [None] * 4
+    assert min(schedule.number["a"] for schedule in schedules) > 5
+    for seen in ("repeated", "taken_twice", "used_at_once", "refused"):
+        assert sum(getattr(schedule, seen) for schedule in schedules) > 10, seen
+
+
+@pytest.mark.parametrize("rule", BREAKS)
+def test_each_broken_rule_is_found(rule):
+    with BREAKS[rule]():
+        assert any(Schedule(seed).run() for seed in range(30))
