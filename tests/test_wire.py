@@ -8,6 +8,9 @@ import pytest
 from halves import A_SENDS, AT_A, AT_B, ME, NOBODY, A, B, C, with_more
 
 from counter import AMOUNT_MAX, GAP, NEEDS, Counter, Delta, wire
+from counter.config import parse_arguments
+from counter.ids import SEQUENCE_MAX
+from counter.signing import sealed_size
 from counter.streams import LARGE, Totals
 from counter.vectors import Summary
 from counter.wire import SHORT, Message, Sender, View, decode, encode
@@ -258,6 +261,24 @@ def test_a_short_message_of_long_parts_goes_in_lines_as_well():
     assert decode(lines) == message
     assert len(lines) > 5
     assert max(map(len, lines)) <= wire.LINE_BYTES
+
+
+def test_a_message_with_all_that_the_flags_allow_is_taken():
+    """All of one node travels in one message; a bound below would keep it from its peers for ever."""
+    numbers = range(1, 1001)
+    totals = {f"{'x' * 124}{number:04}": (SEQUENCE_MAX - 1001 + number, -(2**70)) for number in numbers}
+    last = SEQUENCE_MAX - 1001
+    renewed = tuple((id, SEQUENCE_MAX) for id in (A, B))
+    keys = [(last + number, DIGEST, name, -AMOUNT_MAX, 123456.789, renewed) for number, name in enumerate(totals, 1)]
+
+    def size(*parts):
+        return sealed_size(encode(Message(A_SENDS, NOBODY, None, None, None, [Delta(A, 0, SEQUENCE_MAX, *parts)])))
+
+    flags = parse_arguments(["--max-counters", "1000000", "--max-idempotency-keys", "100000000", "--insecure"])
+    per_counter, per_key = size(totals) / len(totals), size({}, keys) / len(keys)
+    assert flags.max_counters * per_counter + flags.max_idempotency_keys * per_key < wire.BODY_MAX
+    with pytest.raises(SystemExit):
+        parse_arguments(["--max-idempotency-keys", "100000001", "--insecure"])
 
 
 def test_no_call_of_json_gets_more_than_a_piece(monkeypatch):
