@@ -256,7 +256,7 @@ class Gossip:
 
         What was absorbed is left out where that is known here.
         """
-        before = self._confirmations.vectors.get(peer) or NOTHING_HELD
+        before = self._confirmations.vectors.get(peer, NOTHING_HELD)
         gone = {replica: held for replica, held, now in before.beyond(shown) if not now and mine.get(replica)}
         return shown.updated(gone) if gone else shown
 

@@ -148,7 +148,9 @@ def outcomes(operation):
             faulthandler.dump_traceback_later(20, exit=True, file=sys.stdout)
             try:
                 status = FAILED if attempt(operation, place, before, after) else UNHARMED
-            except BaseException:
+            except BaseException as error:
+                if "attribute name must be string" in str(error):
+                    os.abort()  # CPython 3.13 has broken its own code for want of memory, and is at its end
                 if not statuses[WRONG]:
                     print(f"allocation {place}:")
                     traceback.print_exc(file=sys.stdout)
