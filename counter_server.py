@@ -165,13 +165,12 @@ class Node:
         self.server.stop_serving_clients(self._stop_waiting)
         peers, accepted = self.table.active(), self.counter.accepted
         self.gossip.leaving.end()
-        complete, left_over = self.gossip.leaving.drain(time.monotonic, self.config.drain_timeout)
-        self._report_handing_over(complete, left_over)
+        handover = self.gossip.leaving.drain(time.monotonic, self.config.drain_timeout)
+        self._report(handover)
         ended = [self.heartbeat.stop(STOP_S), self.replicator.stop(STOP_S), self.server.stop()]
         if not all(ended):
             log.warning("stopping: some threads still run")
-        unconfirmed = self.gossip.unconfirmed()
-        held_by = sum(unconfirmed.get(id) == 0 for id, _ in peers)
+        held_by = sum(id in handover.holders for id, _ in peers)
         saved = self.store is None or self.store.stop(SAVE_S)  # last: until now peers may have brought news
         if not saved:
             status = self.store.status()
@@ -180,14 +179,15 @@ class Node:
         log.info("stopped: accepted=%d held_by=%d peers=%d", accepted, held_by, len(peers))
         return saved
 
-    def _report_handing_over(self, complete, left_over):
+    def _report(self, handover):
         counters, others = self.counter.sizes()[0], self.table.snapshot(time.monotonic())
+        left_over = handover.left_over
         if left_over and not self.store:
             if others:
                 log.warning("stopping: increments go that no peer is known to hold: increments=%d", left_over)
             else:
                 log.warning("stopping: the last node, its counts go: counters=%d increments=%d", counters, left_over)
-        elif not complete:
+        elif not handover.complete:
             log.warning("stopping: not all peers confirmed everything within --drain-timeout")
 
     def _stop_waiting(self):

@@ -4,6 +4,7 @@ Pure: the clock is an argument, and waiting is done by Confirmations.
 """
 
 import logging
+from collections import namedtuple
 
 from counter.confirmations import NOTHING_HELD
 from counter.roster import ACTIVE, LOST
@@ -12,6 +13,9 @@ from counter.wire import ABSORBING
 log = logging.getLogger("counter.replication")
 
 RETRY_LOST_S = 0.5  # between two tries to hand over to a lost peer
+
+# Whether all is handed over, how many increments no peer is known to hold, and the ids of the peers that hold all.
+Handover = namedtuple("Handover", "complete left_over holders")
 
 
 def all_absorb(table):
@@ -39,8 +43,7 @@ class Leaving:
     def drain(self, clock, timeout_s):
         """Say to all peers that this node leaves, and hand over what it holds.
 
-        Return (whether all is handed over, how many increments no peer is known to hold).  Where no
-        peer is active, those that are lost are tried until one of them holds everything.
+        Return a Handover.  Where no peer is active, those that are lost are tried until one of them holds everything.
         """
         self._table.leave()
         mine = self._counter.vector()  # what peers tell it from now on they hold anyway
@@ -57,9 +60,11 @@ class Leaving:
             lost = [peer.address for peer in self._table.snapshot(clock()) if peer.state == LOST]
             self._links.send_heartbeats(new if active else lost, [], clock())
             left_s = deadline - clock()
-            if self._is_handed_over(mine) or left_s <= 0:
+            complete = self._is_handed_over(mine)
+            if complete or left_s <= 0:
                 peers = {peer.id for peer in self._table.snapshot(clock())}
-                return self._is_handed_over(mine), self._confirmations.held_by_none(mine, peers)
+                holders = {id for id in peers if self._holds(id, mine)}
+                return Handover(complete, self._confirmations.held_by_none(mine, peers), holders)
             self._confirmations.wait(is_over, min(RETRY_LOST_S, left_s))
 
     def sender(self, asking, sender, lacks_something):
@@ -80,9 +85,11 @@ class Leaving:
         If none is active, return whether those that are lost hold it between them.
         """
         states = {peer.id: peer.state for peer in self._table.snapshot(0.0)}
-        active, vectors = [id for id, state in states.items() if state == ACTIVE], self._confirmations.vectors
+        active = [id for id, state in states.items() if state == ACTIVE]
         if not active:
             return not states or not self._confirmations.held_by_none(mine, states.keys())
-        return self._confirmations.know_of_leaving(active) and not any(
-            self._counter.lacks(vectors.get(id, NOTHING_HELD), mine) for id in active
-        )
+        return self._confirmations.know_of_leaving(active) and all(self._holds(id, mine) for id in active)
+
+    def _holds(self, peer, mine):
+        """Return whether a peer is known to hold all of a vector."""
+        return not self._counter.lacks(self._confirmations.vectors.get(peer, NOTHING_HELD), mine)

@@ -565,7 +565,7 @@ def test_draining_ends_when_all_have_confirmed_all_and_know_of_the_leaving():
         if taken := node.links.take(time.monotonic()):
             assert taken is link
             talk(node, peer, link, time.monotonic())
-    assert drained == [(True, 0)]
+    assert drained == [(True, 0, {A})]
     assert peer.counter.value("x") == 1
     assert peer.table.active() == []
 
@@ -624,7 +624,7 @@ def test_draining_hands_over_to_the_successor_of_a_peer():
     while thread.is_alive():
         if taken := node.links.take(time.monotonic()):
             talk(node, successor, taken, time.monotonic())
-    assert drained == [(True, 0)]
+    assert drained == [(True, 0, {B})]
     assert successor.counter.value("x") == 1
 
 
@@ -641,14 +641,14 @@ def test_draining_tells_who_joins_meanwhile():
     while thread.is_alive():
         if taken := node.links.take(time.monotonic()):
             talk(node, peers[taken.address], taken, time.monotonic())
-    assert drained == [(True, 0)]
+    assert drained == [(True, 0, {A, B})]
     assert peers[AT_A].table.active() == peers[AT_B].table.active() == []
 
 
 def test_draining_gives_up_after_its_timeout():
     node = Half()
     node.meet()
-    assert node.gossip.leaving.drain(time.monotonic, 0.01) == (False, 0)
+    assert node.gossip.leaving.drain(time.monotonic, 0.01) == (False, 0, {A})
 
 
 def calls(beat, applied):
@@ -681,7 +681,7 @@ def test_draining_hands_over_to_a_peer_that_calls_and_cannot_be_dialled():
     assert (reply.deltas, reply.sender.leaving) == ([], False)
     assert node.hear(calls(3, {ME: 1}), 2.0).sender.leaving
     thread.join(10)
-    assert drained == [(True, 0)]
+    assert drained == [(True, 0, {A})]
 
 
 def lose(node, id):
@@ -705,7 +705,7 @@ def test_draining_hands_over_to_peers_that_are_lost_where_none_is_active():
     while thread.is_alive():
         if taken := node.links.take(time.monotonic()):
             talk(node, peer, taken, now)
-    assert drained == [(True, 0)]
+    assert drained == [(True, 0, {A})]
     assert peer.counter.value("x") == 1
 
 
@@ -715,13 +715,13 @@ def test_draining_says_how_many_increments_nobody_is_known_to_hold():
     node.counter.merge(Delta(B, 0, 3, {"x": (3, 3)}), 0.0)
     node.counter.increment("x")
     lose(node, A)
-    assert node.gossip.leaving.drain(time.monotonic, 0.01) == (False, 2)
+    assert node.gossip.leaving.drain(time.monotonic, 0.01) == (False, 2, set())
 
 
 def test_draining_alone_ends_at_once():
     node = Half()
     node.counter.increment("x")
-    assert node.gossip.leaving.drain(time.monotonic, 60) == (True, 1)
+    assert node.gossip.leaving.drain(time.monotonic, 60) == (True, 1, set())
 
 
 # Messages are for one process, and once.
