@@ -252,13 +252,13 @@ class _Generations:
     def __contains__(self, replica):
         return replica in self.young or replica in self.old
 
-    def turn(self, now, after_s):
-        """Return those that did not change for a generation, if it is over; a new one begins then."""
-        if now - self._turned_at < after_s:
-            return set()
-        quiet = self.old - self.young
+    def is_over(self, now, after_s):
+        """Return whether the young generation is as old as that."""
+        return now - self._turned_at >= after_s
+
+    def turn(self, now):
+        """Begin a new generation."""
         self.young, self.old, self._turned_at = set(), self.young, now
-        return quiet
 
 
 class Changes:
@@ -277,9 +277,9 @@ class Changes:
     def touch(self, replica):
         """Take note that the entry of a replica is about to change, or to go."""
         if replica in self._new or replica in self._changed or self._settled.get(replica):
+            self._changed.young.add(replica)  # first, as there may be no memory for it
             self._new.young.discard(replica)
             self._new.old.discard(replica)
-            self._changed.young.add(replica)
         else:
             self._new.young.add(replica)
 
@@ -301,14 +301,18 @@ class Changes:
     def grow_older(self, own, held, now):
         """Settle what has not changed for a while; return whether there was anything."""
         is_crowd = max(len(self._new.young), len(self._new.old)) > CROWD
-        quiet = self._new.turn(now, CROWDED_S if is_crowd else SETTLING_S) | self._changed.turn(now, SETTLING_S)
-        self._settle(quiet - {own}, held)
-        return bool(quiet - {own})
+        ages = (self._new, CROWDED_S if is_crowd else SETTLING_S), (self._changed, SETTLING_S)
+        over = [generations for generations, after_s in ages if generations.is_over(now, after_s)]
+        quiet = {replica for generations in over for replica in generations.old - generations.young} - {own}
+        self._settle(quiet, held)  # first, as there may be no memory for it
+        for generations in over:
+            generations.turn(now)
+        return bool(quiet)
 
     def _settle(self, quiet, held):
         if quiet:
-            self._earlier = (self._settled, *self._earlier)[:EARLIER]
-            self._settled = self._settled.updated({replica: held(replica) for replica in quiet})
+            settled = self._settled.updated({replica: held(replica) for replica in quiet})
+            self._settled, self._earlier = settled, (self._settled, *self._earlier)[:EARLIER]
 
 
 @lru_cache(4096)

@@ -120,6 +120,38 @@ def test_what_has_changed_before_does_not_settle_with_a_crowd():
     assert recent(2 * SETTLING_S + 2) == {ME: 1}
 
 
+def test_a_vector_keeps_what_could_not_be_settled_for_want_of_memory(monkeypatch):
+    changes, held = Changes(), {ME: 1, A: 1}
+    changes.touch(A)
+    changes.grow_older(ME, held.get, 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(vectors._Settled, "updated", full)
+        with pytest.raises(MemoryError):
+            changes.grow_older(ME, held.get, SETTLING_S)
+    assert changes.vector(ME, held.get) == held
+    assert changes.grow_older(ME, held.get, SETTLING_S)
+    assert changes.vector(ME, held.get) == held
+
+
+def test_an_entry_that_cannot_be_touched_for_want_of_memory_stays():
+    changes, held = Changes(), {ME: 1, A: 1}
+    changes.touch(A)
+    changes._changed.young = FullSet()
+    with pytest.raises(MemoryError):
+        changes.touch(A)
+    assert changes.vector(ME, held.get) == held
+
+
+def full(*_):
+    raise MemoryError
+
+
+class FullSet(set):
+    """A set for which there is no more memory."""
+
+    add = full
+
+
 def test_a_peer_that_lags_behind_is_understood():
     """It lacks what has settled here since, and lists what it heard of itself: that is all it has to say."""
     changes, held = Changes(), {ME: 1}
