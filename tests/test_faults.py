@@ -125,7 +125,9 @@ def test_recorded_messages_count_nothing_and_damaged_ones_are_refused(bad_networ
     network = bad_network(2)
     first, second = start_all(network)
     network.recording = True
-    counted = 0
+    for _ in range(29):
+        first.increment("/increment/x?amount=7")
+    counted = 29 * 7
 
     def is_pushed():
         """Count; return whether something was pushed: to a node that has just joined it may go in answers at first."""

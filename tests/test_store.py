@@ -84,15 +84,14 @@ def test_windows_that_end_go_from_the_file_and_their_room_is_used_again(path, op
 
     pages = []
     for hour in range(12):
-        for number in range(300):
-            counter.increment(f"v{number}@1h:1")
-        *dot, _ = counter.increment("x")
+        # In one transaction: several fill the pages of the file as it happens.
+        *dot, _ = counter.increment_many(dict.fromkeys([*(f"v{number}@1h:1" for number in range(300)), "x"], 1))
         assert store.wait_until_saved(*dot, 10)
         shown[0] += 3600
         counter.end_windows(shown[0])
         wait_until(lambda hour=hour: entries()[:2] == (1 + 300, 300) if hour else True)
         pages.append(entries()[2])
-    assert pages[-1] < pages[3] + 8  # a page or two come and go; the windows of each hour need several
+    assert pages[-1] <= pages[3]
     assert store.stop(10)
     later = Counter(B, wall=lambda: shown[0] + 10**6)
     second = opened(later)
