@@ -57,7 +57,7 @@ class Confirmations:
                 self.vectors.pop(peer, None)
             else:
                 self.vectors[peer], self._heard_at[peer] = vector, now
-            if self._waiters:
+            if self._waiters.anybody:
                 self._waiters.advanced_locked(before, vector or NOTHING_HELD)
             return to_send
 
@@ -123,7 +123,7 @@ class Confirmations:
     @property
     def awaited(self):
         """Whether somebody waits for a peer to confirm something."""
-        return bool(self._waiters)
+        return self._waiters.anybody
 
     def holders(self, replica, sequence):
         """Return the ids of the replicas that are known to hold a dot; the one that counted it does anyway."""

@@ -100,7 +100,7 @@ class Connection:
 
     def receive(self, now):
         """Take what has arrived, and answer as far as that can be done at once."""
-        is_start = self._waits_for is BEFORE and self._intake.is_empty
+        is_start = self._waits_for is BEFORE
         try:
             received = self.sock.recv(RECEIVE_SIZE if is_start else BODY_RECEIVE_SIZE)
         except BlockingIOError:
@@ -114,6 +114,16 @@ class Connection:
         else:
             self._intake.feed(received)
             self._serve(now, received if is_start else None)
+
+    def send(self, response, now):
+        """Send a response that was made in this turn."""
+        try:
+            sent = self.sock.send(response)
+        except BlockingIOError:
+            sent = 0
+        if sent != len(response) or self._is_last:
+            self._outgoing.add(response[sent:])
+            self._go_on(now)
 
     def send_more(self, now):
         """Go on sending, and then with what follows."""
@@ -249,18 +259,12 @@ class Connection:
     # Answering.
 
     def _repeat(self, repeated, now):
-        """Answer what came before byte by byte, perhaps on another connection.  This is the hot path."""
+        """Answer what came before byte by byte, perhaps on another connection.  This is the hot path, with send()."""
         response, self._is_last = repeated.respond(self)
         self.active_at, self.deadline = now, now + IDLE_TIMEOUT_S
         if self._is_last:
             response = http1.with_header(response, b"Connection: close")
-        try:
-            sent = self.sock.send(response)
-        except BlockingIOError:
-            sent = 0
-        if sent != len(response) or self._is_last:
-            self._outgoing.add(response[sent:])
-            self._go_on(now)
+        self._poller.answers.append((self, response))
 
     def _answer(self, tally):
         """Make the response to the request; of a long one, the first piece."""

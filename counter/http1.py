@@ -85,8 +85,8 @@ class RequestReader:
 
     @property
     def waits_for_request(self):
-        """Whether nothing of a request has arrived that was not returned by next()."""
-        return self._missing is None and self._buffer in (b"", b"\r")
+        """Whether all that has arrived was returned by next(), or was an empty line."""
+        return self._missing is None and not self._buffer
 
     @property
     def buffered(self):

@@ -70,6 +70,7 @@ class Poller:
         self._places, self._requests = places, requests
         self.tally = requests.open()  # what this thread counts
         self.repeated = {}  # the bytes of a request -> Repeated
+        self.answers = []  # (connection, response) to be sent at the end of the turn, see _send_answers()
         self._deadlines = Earliest(lambda connection: connection.deadline, lambda connection: not connection.closed)
         self._connections = set()
         self.streams = Streams(api.wake_on_change, self.call, self._step)
@@ -162,8 +163,7 @@ class Poller:
             raise unavailable(STOPPING)
         was_full = self._places.full
         has_place, victim = self._places.take_client(connection, now)
-        if victim is not None:
-            self._step(victim, victim.give_way, now)
+        self._make_way(victim, now)
         if not has_place:
             if not was_full:
                 maximum = self._places.clients_max
@@ -227,25 +227,49 @@ class Poller:
         ready = self._events.wait(patience_s)
         self._is_asleep = False
         now = self._now = time.monotonic()
+        try:
+            self._let_go_on(ready, now)
+        finally:
+            self._send_answers(now)
+        if self._calls or self._given_back or now >= self._look_at:
+            self._see_to_the_rest(now)
+
+    def _let_go_on(self, ready, now):
+        """Let each of these connections go on.  This is the hot path, so it does what _step() does by itself."""
         for connection in ready:
             if connection is None:
                 with contextlib.suppress(BlockingIOError):
                     self._woken.recv(4096)
-                continue
-            if connection.state is RECEIVING:
-                self._step(connection, connection.receive, now)
                 continue
             if connection.state is ANSWERING:
                 self._take_back(now)
                 if connection.state is ANSWERING:  # it has hung up, or sent more than one request
                     self._watch(connection, 0)
                     continue
-            if connection.state is SENDING:
-                self._step(connection, connection.send_more, now)
-            elif connection.state is not CLOSED:
-                self._step(connection, connection.receive, now)
-        if self._calls or self._given_back or now >= self._look_at:
-            self._see_to_the_rest(now)
+            try:
+                if connection.state is SENDING:
+                    connection.send_more(now)
+                elif connection.state is not CLOSED:
+                    connection.receive(now)
+            except Exception as error:
+                self._fail(connection, error)
+            if connection.state is not RECEIVING or connection.watched != READ:
+                self._settle(connection)
+
+    def _send_answers(self, now):
+        """Send what was answered in this turn.
+
+        Sending wakes a client that sleeps, which may cost as much as the whole request.  Answers in quick
+        succession wake a client with many connections once, instead of once for each of them.
+        """
+        answers, self.answers = self.answers, []
+        for connection, response in answers:
+            try:
+                connection.send(response, now)
+            except Exception as error:
+                self._fail(connection, error)
+            if connection.state is not RECEIVING or connection.watched != READ:
+                self._settle(connection)
 
     def _see_to_the_rest(self, now):
         """Do what other threads have asked for, and what is due."""
@@ -265,16 +289,17 @@ class Poller:
         """Let a connection go on, and wait for what it waits for then."""
         try:
             step(now)
-        except OSError:  # it hung up
-            connection.state = CLOSED
-        except MemoryError:
-            connection.state = CLOSED
+        except Exception as error:
+            self._fail(connection, error)
+        self._settle(connection)
+
+    def _fail(self, connection, error):
+        """End a connection that cannot go on."""
+        connection.state = CLOSED
+        if isinstance(error, MemoryError):
             self.complain("no memory to serve connections")
-        except Exception:  # a bug; it costs this connection only
-            log.exception("serving a connection failed")
-            connection.state = CLOSED
-        if connection.state is not RECEIVING or connection.watched != READ:
-            self._settle(connection)
+        elif not isinstance(error, OSError):  # else it hung up
+            log.error("serving a connection failed", exc_info=error)  # a bug; it costs this connection only
 
     def _settle(self, connection):
         """Wait for what a connection waits for now, if that is something else than before."""

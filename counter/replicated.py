@@ -68,7 +68,7 @@ class ReplicatedState:
     def _changed_locked(self, replica, through):
         """Take note that the history of a replica is now held through a sequence."""
         self._vector = None
-        if self._waiters:
+        if self._waiters.anybody:
             self._waiters.reached_locked(replica, through)
 
     # What is held.

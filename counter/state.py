@@ -44,7 +44,7 @@ class Counter(ReplicatedState):
         with self._lock:
             counted = self._histories.count(name, amount)
             self._vector = None
-            if self._waiters:
+            if self._waiters.anybody:
                 self._waiters.reached_locked(*counted[:2])
             return counted
 

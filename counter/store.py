@@ -156,7 +156,7 @@ class Store:
             if self._stopping:
                 return lacking and not self._given_up
             with self._lock:
-                urgent = bool(self._waiters) and self._error is None
+                urgent = self._waiters.anybody and self._error is None
             due_at = self._pause_until if lacking or self._error else self._upkeep_at
             if now >= due_at or (urgent and lacking):
                 return True

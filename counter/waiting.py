@@ -21,14 +21,11 @@ class Waiters:
         self._waiting = {}  # replica -> {wake: sequence}
         self._watching = set()  # the wakes of those who want to know of the next change, once
         self._stopping = False  # waiters return at once: the node is shutting down
+        self.anybody = False  # whether there is anybody to wake: read once per increment
 
     def __len__(self):
         """Return how many wait for a dot."""
         return sum(map(len, self._waiting.values()))
-
-    def __bool__(self):
-        """Return whether there is anybody to wake."""
-        return bool(self._waiting or self._watching)
 
     # For those who wait.
 
@@ -36,6 +33,7 @@ class Waiters:
         """Have wake() called whenever a dot may have come, until it is removed."""
         with self._lock:
             self._waiting.setdefault(replica, {})[wake] = sequence
+            self._count_locked()
 
     def remove(self, wake, replica):
         with self._lock:
@@ -43,10 +41,12 @@ class Waiters:
             del wakes[wake]
             if not wakes:
                 del self._waiting[replica]
+            self._count_locked()
 
     def watch_locked(self, wake):
         """Have wake() called at the next change of anything, once."""
         self._watching.add(wake)
+        self._count_locked()
 
     def wait(self, is_over, timeout_s, dot=None):
         """Wait until is_over() is true, which is asked anew whenever the dot (replica, sequence) may have come.
@@ -71,6 +71,7 @@ class Waiters:
             else:
                 with self._lock:
                     self._watching.discard(event.set)
+                    self._count_locked()
 
     def stop(self):
         """Wake all who wait for a dot and refuse new waits; called when the node stops."""
@@ -108,3 +109,7 @@ class Waiters:
         for wake in self._watching:
             wake()
         self._watching.clear()
+        self._count_locked()
+
+    def _count_locked(self):
+        self.anybody = bool(self._waiting or self._watching)

@@ -126,7 +126,7 @@ class Poller:
     def __init__(self):
         self.api, self.tally = Api(), metrics.ThreadTally()
         self.lanes = {pace: Lane() for pace in (SLOW, WAITS, PEERS)}
-        self.repeated, self.given_back, self.complaints = {}, [], []
+        self.repeated, self.answers, self.given_back, self.complaints = {}, [], [], []
         self.ending, self.has_places = set(), True
         self.held, self.held_max = 0, 10**9
         self.streams = set()
@@ -177,8 +177,15 @@ class Line:
             self.sock.arrived.append(piece)
             while self.sock.arrived and self.state in (RECEIVING, LINGERING):
                 self.connection.receive(self.now)
+                self.end_turn()
                 self.work()
         return self
+
+    def end_turn(self):
+        """Send what was answered in this turn."""
+        while self.poller.answers:
+            connection, response = self.poller.answers.pop()
+            connection.send(response, self.now)
 
     def hang_up(self):
         self.sock.is_over = True
@@ -274,6 +281,16 @@ def test_what_takes_more_than_its_action_is_taken_apart_each_time(line, raw):
     for _ in range(3):
         line.receive(raw)
     assert line.poller.repeated == {}
+
+
+def test_the_answer_to_a_request_that_comes_again_is_sent_as_the_turn_ends(line):
+    """Together with those on other connections."""
+    line.receive(request("GET", "/a"))
+    line.sock.arrived.append(request("GET", "/a"))
+    line.connection.receive(line.now)
+    assert (line.statuses(), line.poller.api.count) == ([200], 2)
+    line.end_turn()
+    assert line.statuses() == [200]
 
 
 def test_a_refusal_of_a_repeated_request_is_answered(line):

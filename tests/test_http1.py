@@ -329,7 +329,7 @@ def test_a_long_body_comes_as_it_arrives():
 
 
 def test_a_reader_says_whether_a_request_has_begun():
-    """Empty lines are not the beginning of one; the first byte is, until the body has ended."""
+    """Empty lines are not the beginning of one; any other byte is, until the body has ended."""
     reader = RequestReader()
     seen = []
     for byte in b"\r\n\r\n" + post(b"/a", b"x"):
@@ -338,7 +338,7 @@ def test_a_reader_says_whether_a_request_has_begun():
         while reader.next() is not None:
             pass
     length = len(seen)
-    assert seen == [True] * 5 + [False] * (length - 5)
+    assert seen == [True, False, True, False, True] + [False] * (length - 5)  # a CR may be that of an empty line
     assert reader.waits_for_request
 
 

@@ -184,7 +184,7 @@ def test_waiting_ends_with_the_timeout_and_when_the_node_stops(opened, monkeypat
     results = []
     thread = threading.Thread(target=lambda: results.append(store.wait_until_saved(*dot, 60)))
     thread.start()
-    wait_until(lambda: store._waiters)
+    wait_until(lambda: store._waiters.anybody)
     store.stop_waiting()
     thread.join(10)
     assert results == [False]

@@ -41,12 +41,12 @@ def test_of_vectors_the_dots_are_what_only_the_later_one_has(waiters, woken):
 def test_who_watches_is_told_of_the_next_change_once(waiters):
     told = []
     waiters.watch_locked(lambda: told.append("any"))
-    assert waiters
+    assert waiters.anybody
     assert len(waiters) == 0  # nobody waits for a dot
     waiters.reached_locked(B, 1)
     waiters.reached_locked(B, 2)
     assert told == ["any"]
-    assert not waiters
+    assert not waiters.anybody
 
 
 def test_who_is_removed_is_called_no_more(waiters):
@@ -57,7 +57,7 @@ def test_who_is_removed_is_called_no_more(waiters):
     waiters.remove(wake, A)
     waiters.reached_locked(A, 1)
     assert called == []
-    assert not waiters
+    assert not waiters.anybody
 
 
 def test_waiting_ends_with_its_condition(waiters):
@@ -74,13 +74,13 @@ def test_waiting_ends_with_its_condition(waiters):
     for thread in threads:
         thread.join(10)
     assert not any(thread.is_alive() for thread in threads)
-    assert not waiters
+    assert not waiters.anybody
 
 
 def test_waiting_ends_with_its_timeout(waiters):
     waiters.wait(lambda: False, 0.01, (A, 1))
     waiters.wait(lambda: False, 0.01)
-    assert not waiters
+    assert not waiters.anybody
 
 
 def test_when_the_node_stops_no_request_waits_but_handing_over_does(waiters):
