@@ -83,8 +83,8 @@ class Links:
         self._backoff_s, self._backoff_max_s, self._doubtful_max = backoff_s, backoff_max_s, doubtful_max
         # Guards everything below.  Held for dictionary work only, never together with another.
         self._lock = threading.Lock()
-        self._due_changed = threading.Condition(self._lock)  # one worker waits on it for a link to become due
-        self._idle = threading.Condition(self._lock)  # the others wait on it to take that one's place
+        self._due_changed = threading.Condition(self._lock)  # one worker waits on it until a link becomes due by itself
+        self._idle = threading.Condition(self._lock)  # the others wait on it until there is something to look for
         self._watched = False  # a worker waits on _due_changed
         self._links = {}  # address -> Link
         self._seeds = {}  # name -> Link
@@ -103,12 +103,12 @@ class Links:
         if self.asleep:
             with self._lock:
                 self.asleep = False
-                self._due_changed.notify()
+                self._have_look_locked()
 
     def hurry(self):
         """Have a worker look for due links, as somebody waits for a push."""
         with self._lock:
-            self._due_changed.notify()
+            self._have_look_locked()
 
     def compare_soon(self, addresses, now):
         """Compare vectors with those addresses, as soon as they do not back off."""
@@ -145,14 +145,14 @@ class Links:
                 used = link in self._push_links or link in self._scheduled or link.in_flight or link.refusal
                 if not used and now - link.last_sent_at > LINK_IDLE_S:
                     del self._links[link.address]
-            self._due_changed.notify()  # the new ones may lack something
+            self._have_look_locked()  # the new ones may lack something
 
     def heard_from(self, address):
         """Record that the peer at an address has sent a heartbeat: it can probably be reached again."""
         with self._lock:
             link = self._link_locked(address)
             link.retry_at, link.has_called = -NEVER, True
-            self._due_changed.notify()
+            self._have_look_locked()
 
     def left(self, peers):
         """Record that these replica ids have said that they leave: that they do not answer is no trouble."""
@@ -183,7 +183,7 @@ class Links:
         if at < link.compare_at:
             link.compare_at = at
             self._scheduled[link] = None
-            self._due_changed.notify()
+            self._have_look_locked()
 
     def _unschedule_locked(self, link):
         link.compare_at = NEVER
@@ -235,8 +235,8 @@ class Links:
     def next_link(self, clock):
         """Wait until a link is due and return it, now in flight; None once closed.
 
-        One worker waits until the next link becomes due; the others wait to take its place once it has
-        a link.  Otherwise all of them would wake up for each link.
+        One worker waits until the next link becomes due, if one does by itself; the others wait to be told
+        to look.  Otherwise all of them would wake up for each link.
         """
         with self._lock:
             while not self._closed:
@@ -246,14 +246,19 @@ class Links:
                 self.asleep = True  # before it looks: from here on an increment wakes it
                 now = clock()
                 link, due_at = self._look_locked(now)
-                self.asleep = link is None and self._is_quiet_locked()
+                self.asleep = self._is_quiet_locked()
                 if link:
-                    self._idle.notify()
+                    if due_at < NEVER:
+                        self._idle.notify()  # to wait for that, or to send it
                     return link
                 self._watched = True
                 self._due_changed.wait(None if due_at == NEVER else due_at - now)
                 self._watched = False
         return None
+
+    def _have_look_locked(self):
+        """Have a worker look for due links, if one waits."""
+        (self._due_changed if self._watched else self._idle).notify()
 
     def close(self):
         """Wake all workers that wait for a link and refuse new waits; called when the node stops."""
@@ -263,7 +268,7 @@ class Links:
             self._idle.notify_all()
 
     def _look_locked(self, now):
-        """Return (a link that is due, now in flight, or None; when the next becomes due)."""
+        """Return (a link that is due, now in flight, or None; when the next is due by itself)."""
         due, next_at = [], NEVER
         for at, link in self._due_links_locked():
             if at <= now:
@@ -272,6 +277,8 @@ class Links:
                 next_at = min(next_at, at)
         if not due:
             return None, next_at
+        if len(due) > 1:
+            next_at = now
         working = [(at, link) for at, link in due if not link.is_doubtful(now)]
         if working:
             _, link = min(working, key=lambda entry: entry[0])
@@ -353,7 +360,8 @@ class Links:
     def _release_locked(self, link):
         link.in_flight = link.introduced = False
         self._in_flight.pop(link, None)
-        self._due_changed.notify()  # this link may be due again, or another may have waited for a worker
+        # This link may be due again, or another may have waited for a worker.  The one that calls this looks next.
+        self._due_changed.notify()
 
 
 _NOTHING = {}  # the vector of a peer that has confirmed nothing yet

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import wait_until
-from halves import ME, A, Half, answer, introduction
+from halves import AT_A, AT_B, ME, A, Half, answer, introduction
 
 from counter import Delta
 from counter.links import DOUBTFUL_MAX
@@ -128,6 +128,33 @@ def test_a_peer_that_answers_nonsense_is_tried_again_and_harms_nobody(pool, repl
     bad.reply = good
     contact_until(lambda: f"recovered: addr={bad.address}" in caplog.text)
     assert "Traceback" not in caplog.text
+
+
+def test_a_send_wakes_no_other_worker_unless_there_is_something_for_it():
+    """Each that wakes costs as much as a part of the send."""
+    node = Half()
+    links, taken = node.links, []
+    link = node.meet()
+    links.push_to([AT_A], 0.0)
+
+    def work():
+        taken.append(links.next_link(lambda: 9.0))
+
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    wait_until(lambda: links._watched and len(links._idle._waiters) == 2)
+    node.counter.increment("x")
+    links.wake()
+    wait_until(lambda: taken == [link])
+    assert len(links._idle._waiters) == 2
+    links.send_heartbeats([AT_B], [], 9.0)
+    wait_until(lambda: len(taken) == 2)
+    assert taken[1].address == AT_B
+    links.close()
+    for worker in workers:
+        worker.join(10)
+    assert taken[2] is None
 
 
 def test_the_log_says_in_words_why_sending_failed(pool, caplog):
