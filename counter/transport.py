@@ -138,7 +138,24 @@ class _Adapter(HTTPAdapter):
         self._pool.close()
 
 
-class _Connection(HTTPConnection):
+class _InOnePiece:
+    """What sends the head of a request and the beginning of its body at once: the peer wakes up once for both."""
+
+    _is_head, _head = False, b""
+
+    def endheaders(self, *arguments, **options):
+        self._is_head = True
+        super().endheaders(*arguments, **options)
+
+    def send(self, data):
+        if self._is_head:  # a message always has a body
+            self._is_head, self._head = False, data
+            return
+        head, self._head = self._head, b""
+        super().send(head + data if head else data)
+
+
+class _Connection(_InOnePiece, HTTPConnection):
     default_socket_options = (*HTTPConnection.default_socket_options, *UNSENT_LIMIT)
     session = None  # set by its pool, as there is no other way into it
 
@@ -146,7 +163,7 @@ class _Connection(HTTPConnection):
         return _Socket(super()._new_conn(), self.session)
 
 
-class _TlsConnection(HTTPSConnection):
+class _TlsConnection(_InOnePiece, HTTPSConnection):
     default_socket_options = _Connection.default_socket_options
     session = None
 

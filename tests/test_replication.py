@@ -13,6 +13,7 @@ from halves import AT_A, AT_B, ME, A, Half, answer, introduction
 from counter import Delta
 from counter.links import DOUBTFUL_MAX
 from counter.signing import HEADER, Opener, Signer, seal
+from counter.transport import _Socket
 from counter.wire import decode, encode
 from replication import Replicator
 
@@ -128,6 +129,17 @@ def test_a_peer_that_answers_nonsense_is_tried_again_and_harms_nobody(pool, repl
     bad.reply = good
     contact_until(lambda: f"recovered: addr={bad.address}" in caplog.text)
     assert "Traceback" not in caplog.text
+
+
+def test_the_head_of_a_message_is_sent_with_the_beginning_of_its_body(pool, monkeypatch):
+    """Each by itself would wake the peer once more."""
+    pieces, send = [], _Socket.sendall
+    monkeypatch.setattr(_Socket, "sendall", lambda sock, data: (pieces.append(data), send(sock, data)))
+    node, replicator, (peer,) = pool(good)
+    replicator.contact([peer.address], [])
+    wait_until(node.table.active)
+    assert pieces
+    assert all(piece.startswith(b"POST ") and b'\r\n\r\n{"v":' in piece for piece in pieces)
 
 
 def test_a_send_wakes_no_other_worker_unless_there_is_something_for_it():
