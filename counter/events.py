@@ -7,6 +7,7 @@ there is epoll, it is asked directly.
 import contextlib
 import select
 import selectors
+import socket
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 LOOKS = 40  # before it sleeps: together some 15 µs, in which a quick client has sent its next request
@@ -98,3 +99,32 @@ class BySelector(_Events):
 
 
 Events = ByEpoll if hasattr(select, "epoll") else BySelector
+
+
+class Waker:
+    """Ends the wait of a thread for Events from other threads; wait() returns None among the others then.
+
+    That thread says in `is_asleep` that it waits, before it looks for the last time whether it has to.
+    """
+
+    def __init__(self, events):
+        self.is_asleep = False
+        self._woken, self._waker = socket.socketpair()
+        for sock in (self._woken, self._waker):
+            sock.setblocking(False)
+        events.register(self._woken, READ, None)
+
+    def wake(self):
+        if self.is_asleep:
+            self.is_asleep = False
+            with contextlib.suppress(BlockingIOError):  # so many that it will wake
+                self._waker.send(b"\0")
+
+    def clear(self):
+        """Take note that it has woken up."""
+        with contextlib.suppress(BlockingIOError):
+            self._woken.recv(4096)
+
+    def close(self):
+        self._woken.close()
+        self._waker.close()

@@ -11,7 +11,6 @@ All else that is called from other threads is said there to be.
 import contextlib
 import logging
 import math
-import socket
 import threading
 import time
 from collections import deque
@@ -28,7 +27,7 @@ from counter.connections import (
     STREAMING,
     Connection,
 )
-from counter.events import READ, WRITE, Events
+from counter.events import READ, WRITE, Events, Waker
 from counter.exchanges import Repeated
 from counter.http1 import unavailable
 from counter.places import GUEST, PEER, Earliest
@@ -82,14 +81,9 @@ class Poller:
         self._now = self._look_at = time.monotonic()  # of this turn; when to look whose time is up
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="poller", daemon=True)
-        # Other threads append to these two, and write to the socket if this one sleeps.
-        self._calls, self._given_back = deque(), deque()
-        self._is_asleep = False
+        self._waker = Waker(self._events)
+        self._calls, self._given_back = deque(), deque()  # other threads append to them, and wake this one
         self._entering = threading.Semaphore(places.entering_max)
-        self._woken, self._waker = socket.socketpair()
-        for sock in (self._woken, self._waker):
-            sock.setblocking(False)
-        self._events.register(self._woken, READ, None)
 
     # Other threads may call these.
 
@@ -108,12 +102,12 @@ class Poller:
         """Take a connection back from the thread of a lane; at its next event if it is not urgent."""
         self._given_back.append(connection)
         if is_urgent or not connection.watched:  # or there is no next: a new connection is not watched yet
-            self._wake()
+            self._waker.wake()
 
     def call(self, function):
         """Have the poller call a function of the time soon."""
         self._calls.append(function)
-        self._wake()
+        self._waker.wake()
 
     def relieve(self):
         """Close the connection that is missed least."""
@@ -148,12 +142,6 @@ class Poller:
         """Return whether a connection ends after its present request."""
         kinds = self._ending
         return bool(kinds) and ((PEER if connection.is_peer else connection.kind) in kinds)
-
-    def _wake(self):
-        if self._is_asleep:
-            self._is_asleep = False
-            with contextlib.suppress(BlockingIOError):  # so many that it will wake
-                self._waker.send(b"\0")
 
     # Connections call these, in this thread.
 
@@ -204,7 +192,6 @@ class Poller:
         for connection in list(self._connections):
             self._close(connection)
         self._events.close()
-        self._woken.close()
         self._waker.close()
         self._requests.close(self.tally)
 
@@ -221,11 +208,11 @@ class Poller:
 
     def _turn(self):
         """Wait until some connections can go on, and let each of them do so once."""
-        self._is_asleep = True
+        self._waker.is_asleep = True
         # Other threads may have added to these just before, and not have seen it asleep.
         patience_s = 0 if self._calls or self._given_back else self._look_at - self._now
         ready = self._events.wait(patience_s)
-        self._is_asleep = False
+        self._waker.is_asleep = False
         now = self._now = time.monotonic()
         try:
             self._let_go_on(ready, now)
@@ -238,8 +225,7 @@ class Poller:
         """Let each of these connections go on.  This is the hot path, so it does what _step() does by itself."""
         for connection in ready:
             if connection is None:
-                with contextlib.suppress(BlockingIOError):
-                    self._woken.recv(4096)
+                self._waker.clear()
                 continue
             if connection.state is ANSWERING:
                 self._take_back(now)
