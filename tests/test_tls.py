@@ -260,6 +260,23 @@ def test_requests_that_came_with_one_that_waits_are_answered(secured):
         assert [client.read().json()["count"] for _ in range(3)] == [counted] * 3
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_CORK"), reason="nothing keeps two records together")
+@pytest.mark.parametrize("second", ["/nowhere", "/count/a", "/peers"])
+def test_requests_in_records_that_came_together_are_answered_in_order(secured, second):
+    """The first is one that came before, so its answer waits for the end of the turn; others do not."""
+    client = secured.connect()
+    paths = ["/count/a", second] * 2
+    alone = [client.ask("GET", path) for path in paths]
+    for _ in range(20):
+        client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        for path in paths:
+            client.send(request("GET", path))
+        client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+        replies = [client.read() for _ in paths]
+        assert [reply.status for reply in replies] == [reply.status for reply in alone]
+        assert [b'"count"' in reply.body for reply in replies] == [b'"count"' in reply.body for reply in alone]
+
+
 def test_bytes_one_by_one_are_a_request(secured):
     client = secured.connect()
     for byte in request("POST", "/increment/a"):
