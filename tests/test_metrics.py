@@ -260,19 +260,25 @@ def test_scraping_disturbs_no_connection():
 def test_a_cluster_tells_of_its_peers(start_cluster):
     """Active and lost peers, what each has yet to confirm, and the messages it took."""
     one, two, three = start_cluster(3)
+
+    def confirmed(seen, node):
+        return seen["counter_peer_unconfirmed_increments", ("address", node.address)] == 0
+
+    def scrape():
+        return samples(one.ask("GET", "/metrics").body.decode())
+
     one.increment()
-    wait_until(lambda: two.count() == three.count() == 1)
+    wait_until(lambda: (seen := scrape()) and confirmed(seen, two) and confirmed(seen, three))
     three.kill()
     lost = wait_until(lambda: one.peers("lost"))
     one.increment()
     wait_until(lambda: two.count() == 2)
 
-    def scrape():
-        seen = samples(one.ask("GET", "/metrics").body.decode())
-        confirmed = seen["counter_peer_unconfirmed_increments", ("address", two.address)] == 0
-        return seen if confirmed and seen[("counter_gossip_retries_total",)] else None
+    def scrape_once_told():
+        seen = scrape()
+        return seen if confirmed(seen, two) and seen[("counter_gossip_retries_total",)] else None
 
-    found = wait_until(scrape)
+    found = wait_until(scrape_once_told)
     assert found["counter_peers", ("state", "active")] == found["counter_peers", ("state", "lost")] == 1
     assert lost == {three.address}
     assert found["counter_peer_unconfirmed_increments", ("address", three.address)] == 1
