@@ -14,7 +14,7 @@ import resource
 import sys
 from pathlib import Path
 
-from load import Failed, ask, connect, fork, load_by_sockets
+from load import Failed, ask, connect, exit_status, fork, load_by_sockets
 from nodes import PROJECT, start_node
 
 LOOK_S = 0.05  # between two looks at the threads of the node
@@ -80,12 +80,7 @@ def main():
     needed = options.idle + options.busy + SPARE_FILES
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard) if hard > 0 else needed, hard))
-    try:
-        measure(options.idle, options.busy, options.seconds, options.checkout)
-    except (Failed, OSError) as error:
-        print(f"FAILED: {error}")
-        return 1
-    return 0
+    return exit_status(measure, options.idle, options.busy, options.seconds, options.checkout)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,16 @@ class Failed(Exception):
     """A figure that could not be measured; the argument says why."""
 
 
+def exit_status(measure, *arguments):
+    """Measure, and return the exit status: 1 if that failed, after a line that says why."""
+    try:
+        measure(*arguments)
+    except (Failed, OSError) as error:
+        print(f"FAILED: {error}")
+        return 1
+    return 0
+
+
 class Unknown(OSError):
     """A request was answered with 404 or 405: the server is older than the request."""
 

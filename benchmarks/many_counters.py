@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 
-from load import Failed, ask, connect, percentile, process
+from load import ask, connect, exit_status, percentile, process
 from measurements import create_counters
 from nodes import start_node, wait_until
 
@@ -91,12 +91,7 @@ def main():
     parser.add_argument("--per-s", type=int, default=300, help="increments per second")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each of the reads")
     parser.add_argument("--rounds", type=int, default=5)
-    try:
-        run(parser.parse_args())
-    except (Failed, OSError) as error:
-        print(f"FAILED: {error}")
-        return 1
-    return 0
+    return exit_status(run, parser.parse_args())
 
 
 if __name__ == "__main__":

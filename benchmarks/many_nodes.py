@@ -12,7 +12,7 @@ import contextlib
 import sys
 import time
 
-from load import HOST, Failed, ask, connect
+from load import HOST, Failed, ask, connect, exit_status
 from nodes import start_node, wait_until
 
 
@@ -78,12 +78,7 @@ def main():
     parser.add_argument("--nodes", type=int, default=24)
     parser.add_argument("--increments", type=int, default=2400)
     parser.add_argument("--heartbeat-interval", type=float, default=2.0, metavar="S")
-    try:
-        run(parser.parse_args())
-    except (Failed, OSError) as error:
-        print(f"FAILED: {error}")
-        return 1
-    return 0
+    return exit_status(run, parser.parse_args())
 
 
 if __name__ == "__main__":
