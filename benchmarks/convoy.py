@@ -24,7 +24,7 @@ import threading
 import time
 from pathlib import Path
 
-from load import Failed, ask, connect, load_by_wrk
+from load import ask, connect, exit_status, load_by_wrk
 from measurements import GET, POST
 from nodes import PROJECT, start_node
 
@@ -80,22 +80,13 @@ def measure(checkout, connections, cores, seconds):
         return [*figures, None if calls is None else calls / requests]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkout", type=Path, default=PROJECT, metavar="DIR", help="the code to run")
-    parser.add_argument("--connections", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each observation")
-    parser.add_argument("--rounds", type=int, default=3, help="printed are the medians of so many")
-    options = parser.parse_args()
+def compare(options):
+    """Measure a node on all cores and on one in turn, and print the medians."""
     every = os.sched_getaffinity(0)
     found = {"all cores": [], "one core": []}
-    try:
-        for _ in range(options.rounds):
-            for name, cores in zip(found, (every, {min(every)}), strict=True):
-                found[name].append(measure(options.checkout, options.connections, cores, options.seconds))
-    except (Failed, OSError) as error:
-        print(f"FAILED: {error}")
-        return 1
+    for _ in range(options.rounds):
+        for name, cores in zip(found, (every, {min(every)}), strict=True):
+            found[name].append(measure(options.checkout, options.connections, cores, options.seconds))
     print(f"{POST}, {options.connections} connections  {'per s':>8} {'switches':>9} {'futex':>7}")
     for name, rounds in found.items():
         columns = [[value for value in column if value is not None] for column in zip(*rounds, strict=True)]
@@ -103,7 +94,15 @@ def main():
         print(f"{name:31} {per_s:>8,.0f} {switches:>9.1f} {'-' if futex is None else f'{futex:.1f}':>7}")
     ratios = [one[0] / every[0] for every, one in zip(*found.values(), strict=True)]
     print(f"on one core {statistics.median(ratios):.2f} times as fast")
-    return 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkout", type=Path, default=PROJECT, metavar="DIR", help="the code to run")
+    parser.add_argument("--connections", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each observation")
+    parser.add_argument("--rounds", type=int, default=3, help="printed are the medians of so many")
+    return exit_status(compare, parser.parse_args())
 
 
 if __name__ == "__main__":
