@@ -64,6 +64,7 @@ class Connection:
         self.watched = 0  # the events the poller listens for
         self.is_peer = False  # an action has found it to be a peer's
         self.held = 0  # bytes kept for it, see Poller.hold()
+        self.answer = None  # the response that it sends at the end of this turn
         self._intake, self._outgoing = Intake(), Outgoing(sock)
         self._waits_for = BEFORE  # the part of a request that the deadline is for
         self._lane = None  # where the latest request ran that was not quick
@@ -115,8 +116,9 @@ class Connection:
             self._intake.feed(received)
             self._serve(now, received if is_start else None)
 
-    def send(self, response, now):
-        """Send a response that was made in this turn."""
+    def send_answer(self, now):
+        """Send the response that was made in this turn.  This is the hot path as well."""
+        response, self.answer = self.answer, None
         try:
             sent = self.sock.send(response)
         except BlockingIOError:
@@ -259,12 +261,13 @@ class Connection:
     # Answering.
 
     def _repeat(self, repeated, now):
-        """Answer what came before byte by byte, perhaps on another connection.  This is the hot path, with send()."""
+        """Answer what came before byte by byte, perhaps on another connection.  This is the hot path."""
         response, self._is_last = repeated.respond(self)
         self.active_at, self.deadline = now, now + IDLE_TIMEOUT_S
         if self._is_last:
             response = http1.with_header(response, b"Connection: close")
-        self._poller.answers.append((self, response))
+        self.answer = response
+        self._poller.answered.append(self)
 
     def _answer(self, tally):
         """Make the response to the request; of a long one, the first piece."""

@@ -11,8 +11,8 @@ import socket
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 LOOKS = 40  # before it sleeps: together some 15 µs, in which a quick client has sent its next request
-FOUND_MAX = 32  # sockets at a time: the first to be answered waits for the last
 REST = 64  # waits without any such looks, after they were in vain
+FOUND_MAX = 32  # sockets at a time: the first to be answered waits for the last
 
 
 class _Events:

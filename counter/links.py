@@ -92,8 +92,8 @@ class Links:
         self._in_flight = {}  # the links that a message is on its way over, as an ordered set
         self._push_links = {}  # the links that increments are pushed to at once, as an ordered set
         self._closed = False
-        # A worker waits, and an increment now would make a push due that it does not wait for.  It is
-        # read without the lock, once per increment.
+        # An increment now would make a push due for which no worker looks by itself.  It is read without
+        # the lock, once per increment.
         self.asleep = False
 
     # What makes a link due.
@@ -277,7 +277,7 @@ class Links:
                 next_at = min(next_at, at)
         if not due:
             return None, next_at
-        if len(due) > 1:
+        if len(due) > 1:  # only one is taken
             next_at = now
         working = [(at, link) for at, link in due if not link.is_doubtful(now)]
         if working:

@@ -69,7 +69,7 @@ class Poller:
         self._places, self._requests = places, requests
         self.tally = requests.open()  # what this thread counts
         self.repeated = {}  # the bytes of a request -> Repeated
-        self.answers = []  # (connection, response) to be sent at the end of the turn, see _send_answers()
+        self.answered = []  # the connections with an answer that is sent at the end of the turn
         self._deadlines = Earliest(lambda connection: connection.deadline, lambda connection: not connection.closed)
         self._connections = set()
         self.streams = Streams(api.wake_on_change, self.call, self._step)
@@ -217,13 +217,16 @@ class Poller:
         try:
             self._let_go_on(ready, now)
         finally:
-            self._send_answers(now)
+            # Sending wakes a client that sleeps, which may cost as much as the whole request.  Answers in quick
+            # succession wake a client with many connections once, instead of once for each of them.
+            answered, self.answered = self.answered, []
+            self._let_go_on(answered, now)
         if self._calls or self._given_back or now >= self._look_at:
             self._see_to_the_rest(now)
 
-    def _let_go_on(self, ready, now):
-        """Let each of these connections go on.  This is the hot path, so it does what _step() does by itself."""
-        for connection in ready:
+    def _let_go_on(self, connections, now):
+        """Let each of these connections do what it can do now.  This is the hot path: _step() without its call."""
+        for connection in connections:
             if connection is None:
                 self._waker.clear()
                 continue
@@ -233,26 +236,13 @@ class Poller:
                     self._watch(connection, 0)
                     continue
             try:
-                if connection.state is SENDING:
+                if connection.answer is not None:
+                    connection.send_answer(now)
+                elif connection.state is SENDING:
                     connection.send_more(now)
                 elif connection.state is not CLOSED:
                     connection.receive(now)
-            except Exception as error:
-                self._fail(connection, error)
-            if connection.state is not RECEIVING or connection.watched != READ:
-                self._settle(connection)
-
-    def _send_answers(self, now):
-        """Send what was answered in this turn.
-
-        Sending wakes a client that sleeps, which may cost as much as the whole request.  Answers in quick
-        succession wake a client with many connections once, instead of once for each of them.
-        """
-        answers, self.answers = self.answers, []
-        for connection, response in answers:
-            try:
-                connection.send(response, now)
-            except Exception as error:
+            except Exception as error:  # it costs this connection only
                 self._fail(connection, error)
             if connection.state is not RECEIVING or connection.watched != READ:
                 self._settle(connection)
@@ -275,17 +265,17 @@ class Poller:
         """Let a connection go on, and wait for what it waits for then."""
         try:
             step(now)
-        except Exception as error:
+        except Exception as error:  # it costs this connection only
             self._fail(connection, error)
         self._settle(connection)
 
     def _fail(self, connection, error):
-        """End a connection that cannot go on."""
+        """End a connection for which a step failed, and log why unless it has just hung up."""
         connection.state = CLOSED
         if isinstance(error, MemoryError):
             self.complain("no memory to serve connections")
-        elif not isinstance(error, OSError):  # else it hung up
-            log.error("serving a connection failed", exc_info=error)  # a bug; it costs this connection only
+        elif not isinstance(error, OSError):  # a bug
+            log.error("serving a connection failed", exc_info=error)
 
     def _settle(self, connection):
         """Wait for what a connection waits for now, if that is something else than before."""

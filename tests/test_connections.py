@@ -126,7 +126,7 @@ class Poller:
     def __init__(self):
         self.api, self.tally = Api(), metrics.ThreadTally()
         self.lanes = {pace: Lane() for pace in (SLOW, WAITS, PEERS)}
-        self.repeated, self.answers, self.given_back, self.complaints = {}, [], [], []
+        self.repeated, self.answered, self.given_back, self.complaints = {}, [], [], []
         self.ending, self.has_places = set(), True
         self.held, self.held_max = 0, 10**9
         self.streams = set()
@@ -183,9 +183,8 @@ class Line:
 
     def end_turn(self):
         """Send what was answered in this turn."""
-        while self.poller.answers:
-            connection, response = self.poller.answers.pop()
-            connection.send(response, self.now)
+        while self.poller.answered:
+            self.poller.answered.pop().send_answer(self.now)
 
     def hang_up(self):
         self.sock.is_over = True
